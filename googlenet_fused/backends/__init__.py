@@ -1,0 +1,10 @@
+"""Backends: the ways in which a fused module can run. The order of registration is the order of preference, the last first."""
+
+from googlenet_fused.backends.cpu import CpuBackend
+from googlenet_fused.backends.reference import ReferenceBackend
+from googlenet_fused.backends.registry import BackendError, register, use_backend
+
+register(ReferenceBackend())
+register(CpuBackend())
+
+__all__ = ["BackendError", "use_backend"]

@@ -1,0 +1,121 @@
+"""The CPU backend: PyTorch's oneDNN convolutions, prepacked, channels_last, each branch written once into its slice.
+
+``torch.ops.mkldnn`` is not a documented interface, so the arguments of its operators are compared with those this file was
+written for before it is used. oneDNN can apply ReLU itself, but its ReLU turns NaN into 0 where torch's keeps it; ReLU rides
+instead on the copies that are needed anyway: densifying the reduced channels, and writing a branch into the concat buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from googlenet_fused.backends.registry import Backend, Problem
+from googlenet_fused.packing import PackedInception
+from googlenet_fused.parameter_cache import ParameterCache
+
+_ARGUMENTS = {
+    "_reorder_convolution_weight": ("self", "padding", "stride", "dilation", "groups", "input_size"),
+    "_convolution_pointwise": (
+        *("X", "W", "B", "padding", "stride", "dilation", "groups"),
+        *("attr", "scalars", "algorithm"),
+    ),
+}
+_UNIT = (1, 1)
+_NO_PADDING = (0, 0)
+
+# oneDNN's own weight layout is opaque: it can be neither copied nor saved, so it lives here beside the plain weights.
+_prepacked: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+    description = "oneDNN convolutions with prepacked weights, channels_last"
+
+    def probe(self) -> str | None:
+        return _probe()
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device.type != "cpu":
+            return f"it runs on CPU tensors, not on {problem.device.type}"
+        return _probe() or _refuse_dtype(problem.dtype)
+
+    def inception(self, x: Tensor, packed: PackedInception, out: Tensor) -> None:
+        spec = packed.spec
+        large_padding = (spec.large_kernel // 2, spec.large_kernel // 2)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weights = (packed.shared_weight, packed.ch3x3_weight, packed.ch5x5_weight, packed.pool_proj_weight)
+        shared_weight, ch3x3_weight, ch5x5_weight, pool_proj_weight = _prepacked.get(
+            weights,
+            None,
+            lambda: (
+                _prepack(packed.shared_weight, x.shape),
+                _prepack(packed.ch3x3_weight, (x.shape[0], spec.ch3x3red, *x.shape[2:]), padding=_UNIT),
+                _prepack(packed.ch5x5_weight, (x.shape[0], spec.ch5x5red, *x.shape[2:]), padding=large_padding),
+                _prepack(packed.pool_proj_weight, x.shape),
+            ),
+        )
+        shared = _conv2d(x, shared_weight, packed.shared_bias)
+        ch1x1, ch3x3red, ch5x5red = shared.split([spec.ch1x1, spec.ch3x3red, spec.ch5x5red], dim=1)
+        branches = (
+            ch1x1,
+            _conv2d(ch3x3red.relu(), ch3x3_weight, packed.ch3x3_bias, padding=_UNIT),
+            _conv2d(ch5x5red.relu(), ch5x5_weight, packed.ch5x5_bias, padding=large_padding),
+            _conv2d(F.max_pool2d(x, kernel_size=3, stride=1, padding=1), pool_proj_weight, packed.pool_proj_bias),
+        )
+        for branch, channels in zip(branches, spec.slices, strict=True):
+            torch.clamp_min(branch, 0, out=out[:, channels])  # ReLU: clamp_min keeps NaN
+
+    def conv2d_relu(
+        self, x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], out: Tensor
+    ) -> None:
+        x = x.contiguous(memory_format=torch.channels_last)
+        (prepacked,) = _prepacked.get(
+            (weight,), (*stride, *padding), lambda: (_prepack(weight, x.shape, padding=padding, stride=stride),)
+        )
+        torch.clamp_min(_conv2d(x, prepacked, bias, padding=padding, stride=stride), 0, out=out)
+
+
+def _prepack(
+    weight: Tensor, input_shape: Sequence[int], *, padding: Sequence[int] = _NO_PADDING, stride: Sequence[int] = _UNIT
+) -> Tensor:
+    """``weight [o, i, k, k]`` in oneDNN's blocked layout. The input shape is only a hint: the result serves every other one."""
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, _UNIT, 1, list(input_shape))
+
+
+def _conv2d(
+    x: Tensor, prepacked: Tensor, bias: Tensor, *, padding: Sequence[int] = _NO_PADDING, stride: Sequence[int] = _UNIT
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, prepacked, bias, padding, stride, _UNIT, 1, "none", [], None)
+
+
+@cache
+def _probe() -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    for name, arguments in _ARGUMENTS.items():
+        try:
+            schema = getattr(torch.ops.mkldnn, name).default._schema
+        except AttributeError:
+            return f"torch {torch.__version__} has no operator mkldnn::{name}"
+        found = tuple(argument.name for argument in schema.arguments)
+        if found != arguments:
+            return f"torch {torch.__version__} has another mkldnn::{name} than the one known here: arguments {', '.join(found)}"
+    return None
+
+
+@cache
+def _refuse_dtype(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float32:
+        return None
+    if dtype == torch.bfloat16:
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif dtype == torch.float16:
+        supported = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    else:
+        return f"oneDNN convolves float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None if supported else f"this CPU has no instructions for oneDNN's {str(dtype).removeprefix('torch.')} convolutions"

@@ -1,0 +1,176 @@
+"""The backends that can run a fused module, and the rules by which one is chosen."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from googlenet_fused.packing import PackedInception
+from googlenet_fused.spec import InceptionSpec
+
+logger = logging.getLogger("googlenet_fused")
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend is asked to run. ``spec`` is None for one convolution with ReLU, as in the stem."""
+
+    device: torch.device
+    dtype: torch.dtype
+    spec: InceptionSpec | None
+
+    def __str__(self) -> str:
+        what = "a convolution with ReLU" if self.spec is None else f"{self.spec}"
+        return f"{what} in {str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+
+
+class BackendStatus(TypedDict):
+    available: bool
+    reason: str | None
+    description: str
+
+
+class Backend(ABC):
+    """One way to run a fused module. A subclass says what it can do as data; it never falls back to another."""
+
+    name: str
+    description: str
+
+    @abstractmethod
+    def probe(self) -> str | None:
+        """Why this backend cannot run on this machine at all, or None if it can."""
+
+    @abstractmethod
+    def supports(self, problem: Problem) -> str | None:
+        """Why this backend cannot run ``problem``, or None if it can."""
+
+    @abstractmethod
+    def inception(self, x: Tensor, packed: PackedInception, out: Tensor) -> None:
+        """Write all four branches of the module into ``out``.
+
+        Args:
+            x: input ``[n, in_channels, h, w]`` with n, h, w >= 1, any strides.
+            packed: weights of x's dtype and device.
+            out: the concat buffer ``[n, out_channels, h, w]``, any strides; every element is written, nothing else is.
+        """
+
+    def conv2d_relu(
+        self, x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], out: Tensor
+    ) -> None:
+        """Write ``relu(conv2d(x, weight, bias))`` into ``out``. Torch's own operators unless a backend has something better."""
+        out.copy_(F.conv2d(x, weight, bias, stride, padding).relu_())
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run the problem; the message says why and what can."""
+
+
+_backends: dict[str, Backend] = {}
+_requested: ContextVar[str] = ContextVar("googlenet_fused_backend", default=AUTO)
+_announced: set[tuple[str, str, torch.dtype, bool]] = set()
+
+
+def register(backend: Backend) -> None:
+    """Add a backend. Automatic choice prefers the one registered last."""
+    if backend.name == AUTO or backend.name in _backends:
+        raise ValueError(f"the backend name {backend.name!r} is taken")
+    _backends[backend.name] = backend
+
+
+def names() -> list[str]:
+    """Names of the registered backends, the most preferred first."""
+    return list(reversed(_backends))
+
+
+def get(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    check_name(name)
+    return _backends[name]
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is ``"auto"`` or a registered backend."""
+    if name != AUTO and name not in _backends:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(repr(known) for known in [AUTO, *names()])}")
+
+
+def status() -> dict[str, BackendStatus]:
+    """For every backend: whether it can run on this machine and, if not, why."""
+    report: dict[str, BackendStatus] = {}
+    for name in names():
+        reason = _backends[name].probe()
+        report[name] = {"available": reason is None, "reason": reason, "description": _backends[name].description}
+    return report
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, run fused modules whose own ``backend`` is ``"auto"`` with this backend.
+
+    Raises:
+        ValueError: no backend has this name.
+        BackendError: raised by the call of a module that the backend cannot run, with the reason.
+    """
+    check_name(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def select(name: str, problem: Problem) -> Backend:
+    """The backend for ``problem``: the one named, else the one of ``use_backend``, else the most preferred that supports it.
+
+    Raises:
+        ValueError: no backend has this name.
+        BackendError: the backend that was named cannot run the problem.
+    """
+    if name == AUTO:
+        name = _requested.get()
+    if name != AUTO:
+        backend = get(name)
+        reason = backend.supports(problem)
+        if reason is not None:
+            able = [other for other in names() if _backends[other].supports(problem) is None]
+            raise BackendError(
+                f"backend {name!r} cannot run {problem}: {reason}. Backends that can: {', '.join(map(repr, able)) or 'none'}"
+            )
+        return backend
+    refusals: dict[str, str] = {}
+    for candidate in names():
+        backend = _backends[candidate]
+        reason = backend.supports(problem)
+        if reason is None:
+            _announce(backend, problem, refusals)
+            return backend
+        refusals[candidate] = reason
+    raise BackendError(f"no backend can run {problem}: " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
+
+
+def _announce(backend: Backend, problem: Problem, refusals: dict[str, str]) -> None:
+    key = (backend.name, problem.device.type, problem.dtype, problem.spec is None)
+    if key in _announced:
+        return
+    _announced.add(key)
+    why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items()) or "the most preferred backend supports it"
+    # Ending at the last resort costs the user speed, which they would want to hear of without asking.
+    level = logging.WARNING if refusals and backend.name == names()[-1] else logging.INFO
+    what = "convolutions with ReLU" if problem.spec is None else "Inception modules"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    logger.log(level, "auto chose backend %r for %s in %s on %s (%s)", backend.name, what, dtype, problem.device.type, why)

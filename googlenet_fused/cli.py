@@ -1,0 +1,304 @@
+"""The command ``googlenet-fused``: doctor, demo, classify, bench.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130
+interrupted. A user's mistake is answered with one line; a traceback means a defect of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from googlenet_fused import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PROG = "googlenet-fused"
+VARIANTS = ("torchvision", "bvlc")
+DTYPES = ("fp32", "bf16", "fp16")
+OPTIONAL = frozenset({"matplotlib", "PIL", "rich"})
+"""Modules that the commands import directly and that only ``googlenet-fused[tools]`` brings."""
+
+
+class CommandError(Exception):
+    """A command cannot do what was asked; the message is one line. ``code`` is the exit code."""
+
+    code = 1
+
+
+class UsageError(CommandError):
+    """The command line itself is wrong."""
+
+    code = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without its usage block: one line that says what is wrong, and where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{PROG}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(UsageError.code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code; ``argv`` is without the program's name."""
+    try:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as leaving:  # argparse leaves this way after --help, --version and wrong usage
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); Python's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except CommandError as error:
+        return _failed(str(error), error.code)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        return _failed(f"this command needs {error.name}, which is not installed: pip install 'googlenet-fused[tools]'")
+    except ImportError as error:
+        if error.name is not None:
+            raise
+        return _failed(str(error))  # the package's own words about an optional package
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _failed(message: str, code: int = CommandError.code) -> int:
+    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROG, description="GoogLeNet with fused Inception blocks: the same outputs, faster.")
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    doctor = commands.add_parser("doctor", help="what is installed, which backends can run here, and why the others cannot")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="run plain and fused GoogLeNet on real photographs and compare them")
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="for the chart and the report (%(default)s)"
+    )
+    demo.add_argument("--weights", type=Path, metavar="FILE", help="a .pth or .safetensors file (the published weights)")
+    demo.set_defaults(run=_demo)
+
+    classify = commands.add_parser("classify", help="name what is in images")
+    classify.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
+    classify.add_argument(
+        "--weights",
+        default="default",
+        metavar="FILE|default|random",
+        help="a .pth or .safetensors file; default: torchvision's published weights, downloaded once; "
+        "random: the demonstration net, whose labels mean nothing",
+    )
+    classify.add_argument(
+        "--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet the weights are for (%(default)s)"
+    )
+    classify.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (%(default)s)")
+    classify.add_argument("--top", type=_positive, default=5, metavar="N", help="how many classes to name (%(default)s)")
+    classify.add_argument("--json", action="store_true", help="print JSON instead of text")
+    classify.set_defaults(run=_classify)
+
+    bench = commands.add_parser("bench", help="time plain against fused GoogLeNet on this machine")
+    bench.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="batch sizes (1)")
+    bench.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"], help="dtypes (fp32)")
+    bench.add_argument("--variant", choices=VARIANTS, default="torchvision", help="%(default)s")
+    bench.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (%(default)s)")
+    bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (as torch chooses)")
+    bench.add_argument("--rounds", type=_positive, default=20, metavar="N", help="rounds of 5 timed calls each (%(default)s)")
+    bench.add_argument(
+        "--output", type=Path, default=Path("bench-output"), metavar="DIR", help="for the chart and the results (%(default)s)"
+    )
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return number
+
+
+def _check_backend(name: str) -> None:
+    """Refuses a backend that is not known, or not available here, before any work is done."""
+    from googlenet_fused.backends import registry
+
+    try:
+        registry.check_name(name)
+    except ValueError as error:
+        raise UsageError(f"argument --backend: {error}") from error
+    reason = None if name == registry.AUTO else registry.status()[name]["reason"]
+    if reason is not None:
+        raise CommandError(f"backend {name!r} is not available on this machine: {reason}")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from googlenet_fused import info
+
+    report = info.report()
+    print(json.dumps(report, indent=2) if arguments.json else info.as_text(report))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from googlenet_fused import demo
+
+    try:
+        demo.run(arguments.output, weights=arguments.weights)
+    except demo.DemoError as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    _check_backend(arguments.backend)
+    import torch
+
+    from googlenet_fused.bench import progress_bar
+    from googlenet_fused.images import ImageError, find_images, load_image, preprocess
+
+    results: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+
+    def failed(name: str, error: ImageError) -> None:
+        reason = " ".join(str(error).split())
+        failures.append({"image": name, "reason": reason})
+        _failed(reason if name in reason else f"{name}: {reason}")
+
+    weights: str | None = None
+    paths: dict[Path, None] = {}
+    for name in arguments.images:
+        try:
+            paths.update(dict.fromkeys(find_images(name)))
+        except ImageError as error:
+            failed(name, error)
+    if paths:
+        model, weights, labels = _classifier(arguments)
+        with torch.inference_mode(), progress_bar(len(paths), "classifying") as advance:
+            for path in paths:
+                try:
+                    image = preprocess(load_image(path))
+                except ImageError as error:
+                    failed(str(path), error)
+                else:
+                    top = _top(model(image.unsqueeze(0)).softmax(1)[0], arguments.top, labels)
+                    results.append({"image": str(path), "top": top})
+                advance()
+    if arguments.json:
+        settings = {"variant": arguments.variant, "weights": weights, "backend": arguments.backend}
+        print(json.dumps({**settings, "images": results, "errors": failures}, indent=2))
+    else:
+        for result in results:
+            print(result["image"])
+            for place in result["top"]:
+                print(f"  {100 * place['probability']:6.2f} %  {place['label']}")
+    return CommandError.code if failures else 0
+
+
+def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, str, Sequence[str] | None]:
+    """The fused network, its weights in words, and the class names where the weights give the classes a meaning."""
+    from googlenet_fused import FusionMismatch, fuse, googlenet
+    from googlenet_fused.backends import BackendError
+    from googlenet_fused.demo import seeded_network
+    from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
+
+    source, variant = arguments.weights, arguments.variant
+    labels: Sequence[str] | None = None
+    if source == "random":
+        print(
+            f"{PROG}: warning: --weights random: the net is untrained, so classes and probabilities MEAN NOTHING",
+            file=sys.stderr,
+        )
+        plain, weights = seeded_network(variant), "random (untrained)"
+    else:
+        if source == "default" and variant != "torchvision":
+            raise CommandError(
+                f"no weights are published for the {variant} variant: give a file with --weights FILE, "
+                "or run the untrained demonstration net with --weights random"
+            )
+        plain = googlenet(variant, aux_logits=False, init_weights=False)
+        try:
+            loaded = load_weights(plain, GoogLeNet_Weights.DEFAULT if source == "default" else source)
+        except WeightsError as error:
+            hint = "; or run the untrained demonstration net with --weights random" if source == "default" else ""
+            raise CommandError(f"{error}{hint}") from error
+        weights, labels = str(loaded.path), GoogLeNet_Weights.DEFAULT.meta["categories"]
+    try:
+        return fuse(plain.eval(), backend=arguments.backend), weights, labels
+    except (BackendError, FusionMismatch) as error:
+        raise CommandError(str(error)) from error
+
+
+def _top(probabilities: Tensor, count: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The most probable of ``[classes]`` probabilities, the most probable first."""
+    values, indices = probabilities.topk(min(count, len(probabilities)))
+    return [
+        {"index": index, "label": labels[index] if labels else f"class {index}", "probability": value}
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    _check_backend(arguments.backend)
+    import torch
+    from rich.console import Console
+
+    from googlenet_fused import bench
+    from googlenet_fused.backends import registry
+    from googlenet_fused.charts import ChartError, latency_chart
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    schedule = bench.Schedule(rounds=arguments.rounds)
+    cases = [bench.Case(arguments.variant, batch, dtype) for batch in arguments.batch for dtype in arguments.dtype]
+    rows: list[bench.Row] = []
+    with bench.torch_threads(arguments.threads):
+        machine = bench.machine_description()
+        blocks = schedule.rounds * len(bench.package_providers())
+        with bench.progress_bar(blocks * len(cases), "measuring") as advance:
+            for case in cases:
+                problem = registry.Problem(torch.device("cpu"), bench.DTYPES[case.dtype], None)
+                try:
+                    backend = registry.select(arguments.backend, problem).name
+                    workload, providers = bench.build_workload(case), bench.package_providers(backend)
+                    rows += bench.measure(workload, providers, schedule, advance=advance)
+                except (bench.Unavailable, registry.BackendError) as error:
+                    raise CommandError(str(error)) from error
+        table = bench.results_table(rows)
+
+    document = {"machine": machine, "rows": [row.to_json() for row in rows]}
+    written = [arguments.output / "bench.json"]
+    written[0].write_text(json.dumps(document, indent=2) + "\n")
+    try:
+        title = f"GoogLeNet on {machine['cpu']}, {machine['threads']} threads"
+        written.append(latency_chart(bench.latency_panels(rows), arguments.output / "bench.png", title))
+    except ChartError as error:
+        print(f"{PROG}: warning: no chart: {error}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({**document, "files": [str(path) for path in written]}, indent=2))
+    else:
+        Console().print(table)
+        print(f"wrote {' and '.join(map(str, written))}")
+    bad = [row for row in rows if row.status != "ok"]
+    for row in bad:
+        _failed(f"{row.title} ({row.case}) is {row.status}: {row.reason}")
+    return CommandError.code if bad else 0

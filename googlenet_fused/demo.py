@@ -1,0 +1,260 @@
+"""The demonstration: plain and fused GoogLeNet side by side on real photographs, judged against fp64 and timed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from googlenet_fused import FusionMismatch, FusionReport, fuse, googlenet
+from googlenet_fused.bench import Timing, interleaved, machine_description, progress_bar
+from googlenet_fused.charts import Bar, ChartError, PhotographResult, demo_chart
+from googlenet_fused.images import ImageError, load_image, preprocess, sample_photographs
+from googlenet_fused.models import VariantName
+from googlenet_fused.randomize import calibrate_batch_norm, randomize_
+from googlenet_fused.tolerance import judge
+from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
+
+TOP = 5
+ROUNDS = 20
+
+
+class DemoError(Exception):
+    """The demonstration cannot run, or the two networks disagree; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The plain network of the demonstration, its weights in words, and labels only where the weights were trained on them."""
+
+    model: nn.Module
+    weights: str
+    labels: Sequence[str] | None
+
+    def label(self, index: int) -> str:
+        return self.labels[index] if self.labels else f"class {index}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured: logits ``[photographs, 1000]``, and the largest logit error and the time of each network."""
+
+    network: Network
+    photographs: Mapping[str, Image.Image]
+    plain: Tensor
+    fused: Tensor
+    errors: Mapping[str, float]
+    timings: Mapping[str, Timing]
+
+    @property
+    def speedup(self) -> float:
+        return self.timings["plain"].median / self.timings["fused"].median
+
+    @property
+    def agreeing(self) -> int:
+        """On how many photographs the most probable classes are the same ones in the same order."""
+        return int((self.plain.topk(TOP).indices == self.fused.topk(TOP).indices).all(1).sum())
+
+    @cached_property
+    def results(self) -> list[PhotographResult]:
+        """Each photograph with the plain network's most probable classes and both networks' probabilities for them."""
+        found = []
+        for (name, image), plain, fused in zip(self.photographs.items(), self.plain, self.fused, strict=True):
+            p, f = plain.softmax(0), fused.softmax(0)
+            rows = [(self.network.label(i), p[i].item(), f[i].item()) for i in p.topk(TOP).indices.tolist()]
+            found.append(PhotographResult(name, image, rows))
+        return found
+
+
+def seeded_network(variant: VariantName = "torchvision", seed: int = 0) -> nn.Module:
+    """An untrained network with seeded weights whose batch norms are calibrated on the sample photographs, in eval mode.
+
+    Raises:
+        ImportError: scikit-image, which holds the photographs, is missing.
+        ImageError: one of the photographs cannot be read.
+    """
+    model = randomize_(googlenet(variant, aux_logits=False, init_weights=False), seed)
+    photographs = torch.stack([preprocess(load_image(path)) for path in sample_photographs().values()])
+    return calibrate_batch_norm(model, photographs).eval()
+
+
+def choose_network(weights: Path | None = None) -> tuple[Network, str | None]:
+    """The network with the weights of a file or, without one, the published weights where they can be had, else seeded ones.
+
+    Returns:
+        The network and, if its weights are seeded, why the published ones cannot be had.
+
+    Raises:
+        DemoError: the file cannot be loaded.
+    """
+    model = googlenet("torchvision", aux_logits=False, init_weights=False)
+    try:
+        loaded = load_weights(model, weights or GoogLeNet_Weights.DEFAULT)
+    except WeightsError as error:
+        if weights is not None:
+            raise DemoError(str(error)) from error
+        return Network(seeded_network(), "seeded, untrained weights", None), str(error)
+    name = "torchvision's published ImageNet weights" if loaded.published else f"the weights in {loaded.path}"
+    return Network(model.eval(), name, GoogLeNet_Weights.DEFAULT.meta["categories"]), None
+
+
+def run(output: Path, *, weights: Path | None = None, rounds: int = ROUNDS, console: Console | None = None) -> Outcome:
+    """Runs the demonstration, prints it, and writes ``demo.png`` and ``demo.json`` into a folder.
+
+    Args:
+        weights: a file for the torchvision variant; without one the published weights, or else seeded ones.
+        rounds: rounds of the timing, 5 calls of each network a round.
+
+    Raises:
+        DemoError: the photographs or the weights cannot be read, or the fused network disagrees with the plain one.
+        ImportError: an optional package is missing.
+    """
+    console = console or Console(highlight=False)
+    try:
+        photographs = {name: load_image(path) for name, path in sample_photographs().items()}
+        x = torch.stack([preprocess(image) for image in photographs.values()])  # [photographs, 3, 224, 224]
+    except ImageError as error:
+        raise DemoError(str(error)) from error
+    console.print(
+        f"This runs GoogLeNet on {len(photographs)} photographs twice, as plain PyTorch and with its Inception modules fused, "
+        "to show that both give the same answers and how much time fusing saves.\n"
+    )
+    network, reason = choose_network(weights)
+    _print_weights(console, network, reason)
+    outcome = _compare(console, network, photographs, x, rounds)
+    for place in range(len(photographs)):
+        console.print(_top_table(outcome, place))
+    console.print(_summary_table(outcome))
+    _print_summary(console, outcome, _write(console, outcome, output))
+    return outcome
+
+
+def _print_weights(console: Console, network: Network, reason: str | None) -> None:
+    console.print(f"[bold]Weights:[/bold] {network.weights}.")
+    if reason is not None:
+        console.print(
+            "The published weights cannot be had here, so the network is untrained: its convolutions are random and its batch "
+            "norms are calibrated on the photographs. [bold]The class numbers below mean nothing[/bold]; what counts is that "
+            "both networks give the same ones."
+        )
+        console.print(f"Reason: {reason}", style="dim", markup=False)
+
+
+def _compare(console: Console, network: Network, photographs: Mapping[str, Image.Image], x: Tensor, rounds: int) -> Outcome:
+    """Fuses, judges, and times both networks taking turns at batch 1."""
+    plain = network.model
+    try:
+        fused = fuse(plain)
+    except FusionMismatch as error:
+        raise DemoError(str(error)) from error
+    report: FusionReport = fused.fusion_report  # type: ignore[assignment]
+    modules = sum(block.kind == "inception" for block in report.fused)
+    console.print(
+        f"[bold]Fused:[/bold] {modules} Inception modules and {len(report.fused) - modules} convolutions of the stem, each "
+        f"checked against the plain block; {len(report.skipped)} blocks left plain.\n"
+    )
+    with torch.inference_mode():
+        comparison = judge(fused, plain, x)
+        if not comparison.ok:
+            raise DemoError(f"the fused network {comparison}")
+        truth = copy.deepcopy(plain).double()(x.double())
+        logits = {"plain": plain(x), "fused": fused(x)}
+        errors = {name: (value.double() - truth).abs().max().item() for name, value in logits.items()}
+        one = x[:1]
+        with progress_bar(2 * rounds, "timing") as advance:
+            timings = interleaved({"plain": lambda: plain(one), "fused": lambda: fused(one)}, rounds, advance=advance)
+    return Outcome(network, photographs, logits["plain"], logits["fused"], errors, timings)
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD, min_width=64
+    )
+
+
+def _top_table(outcome: Outcome, place: int) -> Table:
+    """The most probable classes of both networks for one photograph, side by side."""
+    result = outcome.results[place]
+    table = _table(f"{result.name} ({result.image.width}x{result.image.height})")
+    table.add_column("", justify="right")
+    for heading in ("plain", "fused"):
+        table.add_column(heading)
+        table.add_column("%", justify="right")
+    tops = [logits[place].softmax(0).topk(TOP) for logits in (outcome.plain, outcome.fused)]
+    for rank in range(TOP):
+        cells = [(outcome.network.label(int(t.indices[rank])), f"{100 * t.values[rank].item():.4f}") for t in tops]
+        table.add_row(str(rank + 1), *cells[0], *cells[1])
+    return table
+
+
+def _summary_table(outcome: Outcome) -> Table:
+    table = _table("Accuracy and time")
+    table.add_column("network")
+    for heading in ("largest logit error", "ms an image", "p20 to p80", "speed-up"):
+        table.add_column(heading, justify="right")
+    for name, timing in outcome.timings.items():
+        spread = f"{timing.p20:.1f} to {timing.p80:.1f}"
+        speedup = outcome.timings["plain"].median / timing.median
+        table.add_row(name, f"{outcome.errors[name]:.1e}", f"{timing.median:.1f}", spread, f"{speedup:.2f}x")
+    calls, threads = outcome.timings["plain"].n, torch.get_num_threads()
+    table.caption = (
+        f"Error: against the same network in fp64; the largest logit is {outcome.plain.abs().max():.2g}.\n"
+        f"Time: median of {calls} calls at batch 1, taking turns, on {threads} thread{'s' if threads > 1 else ''}."
+    )
+    return table
+
+
+def _write(console: Console, outcome: Outcome, output: Path) -> list[Path]:
+    """Writes the report and, where matplotlib is there, the chart; returns what was written."""
+    output.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {
+        "machine": machine_description(),
+        "weights": outcome.network.weights,
+        "photographs": {
+            result.name: [{"label": label, "plain": plain, "fused": fused} for label, plain, fused in result.rows]
+            for result in outcome.results
+        },
+        "largest_logit_error": dict(outcome.errors),
+        "ms": {name: timing.to_json() for name, timing in outcome.timings.items()},
+        "speedup": outcome.speedup,
+    }
+    report, chart = output / "demo.json", output / "demo.png"
+    report.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    bars = [
+        Bar(
+            name,
+            t.median,
+            t.p20,
+            t.p80,
+            f"{t.median:.1f} ms ({outcome.timings['plain'].median / t.median:.2f}x)",
+            name == "fused",
+        )
+        for name, t in outcome.timings.items()
+    ]
+    try:
+        return [demo_chart(outcome.results, bars, chart, subtitle=outcome.network.weights), report]
+    except ChartError as error:
+        console.print(f"No chart: {error}", markup=False)
+        return [report]
+
+
+def _print_summary(console: Console, outcome: Outcome, written: Sequence[Path]) -> None:
+    errors, timings = outcome.errors, outcome.timings
+    console.print(
+        f"[bold]Summary:[/bold] both networks name the same top {TOP}, in the same order, on {outcome.agreeing} of "
+        f"{len(outcome.photographs)} photographs. Against fp64 the largest logit error is {errors['plain']:.1e} plain and "
+        f"{errors['fused']:.1e} fused. Fused takes {timings['fused'].median:.1f} ms an image instead of "
+        f"{timings['plain'].median:.1f} ms: [bold]{outcome.speedup:.2f}x as fast[/bold]."
+    )
+    console.print(f"Wrote {' and '.join(map(str, written))}.", markup=False, soft_wrap=True)

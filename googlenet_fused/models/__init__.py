@@ -1,0 +1,25 @@
+"""The plain GoogLeNet, in the paper's and in torchvision's variant: readable PyTorch, never fused by itself."""
+
+from googlenet_fused.models.googlenet import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VARIANTS,
+    GoogLeNet,
+    GoogLeNetOutputs,
+    InceptionAux,
+    Variant,
+    VariantName,
+    googlenet,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "VARIANTS",
+    "GoogLeNet",
+    "GoogLeNetOutputs",
+    "InceptionAux",
+    "Variant",
+    "VariantName",
+    "googlenet",
+]

@@ -1,0 +1,299 @@
+"""Modules that take the place of the plain ones: same constructor, same state_dict, fused in evaluation mode."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from googlenet_fused.backends import registry
+from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm
+from googlenet_fused.ops import conv2d_relu, forget_packed, inception
+from googlenet_fused.packing import BatchNormParams, ConvParams, spec_of_weights
+from googlenet_fused.spec import InceptionSpec
+
+_CONV_BLOCKS = {("googlenet_fused.blocks", "BasicConv2d"), ("torchvision.models.googlenet", "BasicConv2d")}
+_INCEPTIONS = {("googlenet_fused.blocks", "Inception"), ("torchvision.models.googlenet", "Inception")}
+
+
+class CannotFuse(ValueError):
+    """The module is not one that can be fused; the message says what stands in the way."""
+
+
+class FusedConv2d(BasicConv2d):
+    """Convolution, batch norm and ReLU as one operator in evaluation mode, with a channels_last result.
+
+    ``[n, in_channels, h, w] -> [n, out_channels, h', w']``. In training mode, or where gradients are wanted, it runs the plain
+    sequence. Made by ``from_module``, which ``fuse`` calls for the stem and the auxiliary heads.
+    """
+
+    backend: str
+    plain_class: type[nn.Module]
+
+    @classmethod
+    def from_module(cls, block: nn.Module, *, backend: str = registry.AUTO) -> FusedConv2d:
+        """A fused block that shares the parameters of a plain one: torchvision's or this package's ``BasicConv2d``.
+
+        Raises:
+            CannotFuse: the block is not exactly convolution, batch norm and ReLU.
+            ValueError: no backend has this name.
+        """
+        registry.check_name(backend)
+        _check_conv_block(block)
+        fused = cls.__new__(cls)
+        _adopt(fused, block, ("conv", "bn"))
+        fused.backend, fused.plain_class = backend, type(block)
+        return fused
+
+    def to_plain(self) -> nn.Module:
+        """The plain block of the class this one was made from, sharing its parameters."""
+        plain = self.plain_class.__new__(self.plain_class)
+        _adopt(plain, self, ("conv", "bn"))
+        return plain
+
+    def train(self, mode: bool = True) -> FusedConv2d:
+        """As ``nn.Module.train``; folded weights are made anew afterwards."""
+        forget_packed([_conv_params(self)])
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _has_live_norm(self):
+            return super().forward(x)
+        stride, padding = self.conv.stride, self.conv.padding
+        return conv2d_relu(x, _conv_params(self), stride=stride, padding=padding, backend=self.backend)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+
+class FusedInception(Inception):
+    """An Inception module that runs fused: ``[n, in_channels, h, w] -> [n, ch1x1 + ch3x3 + ch5x5 + pool_proj, h, w]``.
+
+    Constructor and state_dict keys are torchvision's, so it also serves as ``torchvision.models.GoogLeNet(blocks=[BasicConv2d,
+    FusedInception, InceptionAux])``. In evaluation mode batch norm is folded in fp64, the 1x1 convolutions that read the input
+    are merged, and the packed weights are kept until a parameter, its dtype or its device changes. In training mode batch norm
+    is live and the module runs as the plain one does; without batch norm (``norm=None``) training runs fused too.
+
+    A change that leaves neither a new tensor nor a new version behind, such as ``weight.data.mul_(2)``, is followed only after
+    ``train()``, ``eval()`` or ``repack()``. Hooks on the inner convolutions do not fire while the module runs fused.
+
+    Args:
+        in_channels, ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj: the widths, any positive integers.
+        conv_block: torchvision's or this package's ``BasicConv2d``; another kind cannot be fused.
+        large_kernel: kernel size of ``branch3``: 3 as in torchvision (the default, as this class takes its place), or the
+        paper's 5. norm: ``"batch"``, or None for convolutions with bias, as in the paper.
+        backend: a backend's name, or ``"auto"``, which also obeys ``use_backend``.
+
+    Raises:
+        ValueError: a width, ``large_kernel``, ``norm`` or ``backend`` is out of range.
+        CannotFuse: ``conv_block`` makes something other than convolution, batch norm and ReLU.
+    """
+
+    backend: str
+    plain_class: type[nn.Module]
+
+    def __init__(
+        self,
+        in_channels: int,
+        ch1x1: int,
+        ch3x3red: int,
+        ch3x3: int,
+        ch5x5red: int,
+        ch5x5: int,
+        pool_proj: int,
+        conv_block: ConvBlock | None = None,
+        *,
+        large_kernel: int = 3,
+        norm: Norm = "batch",
+        backend: str = registry.AUTO,
+    ) -> None:
+        registry.check_name(backend)
+        super().__init__(
+            in_channels, ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj, conv_block, large_kernel=large_kernel, norm=norm
+        )
+        self.backend = backend
+        self.plain_class = Inception
+        read_inception(self)
+
+    @classmethod
+    def from_module(cls, block: nn.Module, *, backend: str = registry.AUTO) -> FusedInception:
+        """A fused module that shares the parameters of a plain one: torchvision's or this package's ``Inception``.
+
+        The kernel size of the third branch is the module's own.
+
+        Raises:
+            CannotFuse: the block is not such a module, or was altered in a way that the fused one would not follow.
+            ValueError: no backend has this name.
+        """
+        registry.check_name(backend)
+        if _qualified(type(block)) not in _INCEPTIONS:
+            raise CannotFuse(
+                f"{type(block).__name__} is not an Inception module of torchvision's or googlenet_fused's GoogLeNet"
+            )
+        read_inception(block)
+        fused = cls.__new__(cls)
+        _adopt(fused, block, ("branch1", "branch2", "branch3", "branch4"))
+        fused.backend, fused.plain_class = backend, type(block)
+        return fused
+
+    def to_plain(self) -> nn.Module:
+        """The plain module of the class this one was made from, sharing its parameters."""
+        plain = self.plain_class.__new__(self.plain_class)
+        _adopt(plain, self, ("branch1", "branch2", "branch3", "branch4"))
+        return plain
+
+    @property
+    def spec(self) -> InceptionSpec:
+        """The module's widths and kernel size."""
+        return spec_of_weights([_conv_params(block).weight for block in _conv_blocks(self)])
+
+    def repack(self) -> None:
+        """Forget the packed weights. Needed only after a change that cannot be seen, as through ``weight.data``."""
+        forget_packed([_conv_params(block) for block in _conv_blocks(self)])
+
+    def train(self, mode: bool = True) -> FusedInception:
+        """As ``nn.Module.train``; weights are packed anew afterwards."""
+        self.repack()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = _conv_blocks(self)
+        if any(_has_live_norm(block) for block in blocks):
+            return super().forward(x)
+        return inception(x, [_conv_params(block) for block in blocks], backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"large_kernel={self.spec.large_kernel}, backend={self.backend!r}"
+
+
+def block_kind(module: nn.Module) -> Literal["inception", "conv"] | None:
+    """Whether ``module`` is, or derives from, an Inception module or a convolution block that is looked at for fusing."""
+    bases = {_qualified(cls) for cls in type(module).__mro__}
+    if bases & _INCEPTIONS:
+        return "inception"
+    return "conv" if bases & _CONV_BLOCKS else None
+
+
+def read_inception(block: nn.Module) -> InceptionSpec:
+    """The spec of an Inception module, after checking that the fused form computes exactly what it computes.
+
+    Raises:
+        CannotFuse: it does not; the message names the first part that stands in the way.
+    """
+    if "forward" in vars(block):
+        raise CannotFuse("the module has a forward of its own on the instance")
+    for name in ("branch2", "branch3", "branch4"):
+        branch = getattr(block, name)
+        _check_untouched(branch, name)
+        if type(branch) is not nn.Sequential or len(branch) != 2:
+            raise CannotFuse(f"{name} is not a sequence of two blocks")
+    pool: Any = block.branch4[0]  # type: ignore[index]
+    _check_untouched(pool, "branch4.0")
+    geometry = [getattr(pool, field, None) for field in ("kernel_size", "stride", "padding", "dilation", "return_indices")]
+    if type(pool) is not nn.MaxPool2d or geometry not in ([3, 1, 1, 1, False], [(3, 3), (1, 1), (1, 1), (1, 1), False]):
+        raise CannotFuse(f"branch4.0 is {pool}, not a max pool of kernel 3, stride 1 and padding 1")
+    names = ("branch1", "branch2.0", "branch2.1", "branch3.0", "branch3.1", "branch4.1")
+    blocks = _conv_blocks(block)
+    for name, conv_block in zip(names, blocks, strict=True):
+        try:
+            _check_untouched(conv_block, "the block")
+            _check_conv_block(conv_block)
+        except CannotFuse as reason:
+            raise CannotFuse(f"{name}: {reason}") from None
+    try:
+        spec = spec_of_weights([conv_block.conv.weight for conv_block in blocks])
+    except ValueError as reason:
+        raise CannotFuse(str(reason)) from None
+    for name, conv_block, shape in zip(names, blocks, spec.convs, strict=True):
+        conv = conv_block.conv
+        if conv.stride != (1, 1) or conv.padding != (shape.padding, shape.padding):
+            raise CannotFuse(f"{name} has stride {conv.stride} and padding {conv.padding}, not 1 and {shape.padding}")
+    if len({(conv_block.conv.bias is None, conv_block.bn is None) for conv_block in blocks}) != 1:
+        raise CannotFuse("some of its convolutions have a bias or a batch norm and others have not")
+    if len({conv_block.conv.weight.dtype for conv_block in blocks}) != 1:
+        raise CannotFuse("its convolutions differ in dtype")
+    return spec
+
+
+def _check_conv_block(block: nn.Module) -> None:
+    if _qualified(type(block)) not in _CONV_BLOCKS:
+        raise CannotFuse(f"{type(block).__name__} is not a BasicConv2d of torchvision's or googlenet_fused's GoogLeNet")
+    if "forward" in vars(block):
+        raise CannotFuse("the block has a forward of its own on the instance")
+    conv, norm = block.conv, block.bn
+    if type(conv) is not nn.Conv2d:
+        raise CannotFuse(f"its convolution is a {type(conv).__name__}, not an nn.Conv2d")
+    _check_untouched(conv, "its convolution")
+    if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise CannotFuse(f"its convolution is grouped, dilated or not padded with a number of zeros: {conv}")
+    if norm is None:
+        return
+    if type(norm) is not nn.BatchNorm2d:
+        raise CannotFuse(f"its norm is a {type(norm).__name__}, not an nn.BatchNorm2d")
+    _check_untouched(norm, "its batch norm")
+    if norm.running_mean is None or norm.weight is None:
+        raise CannotFuse("its batch norm has no running statistics or no weight and bias")
+
+
+def _check_untouched(module: nn.Module, what: str) -> None:
+    if "forward" in vars(module):
+        raise CannotFuse(f"{what} has a forward of its own on the instance")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise CannotFuse(f"{what} has hooks, which would not fire")
+
+
+def clear_hooks(module: nn.Module) -> None:
+    """Remove the hooks on ``module`` itself."""
+    for hooks in _hooks(module).values():
+        hooks.clear()
+
+
+def _hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """The hook registries of ``module``, by attribute name."""
+    return {name: value for name, value in vars(module).items() if name.endswith("_hooks") or "_hooks_" in name}
+
+
+def _qualified(cls: type) -> tuple[str, str]:
+    # By name, so that torchvision need not be imported, or even installed.
+    return cls.__module__, cls.__qualname__
+
+
+def _adopt(target: nn.Module, source: nn.Module, children: tuple[str, ...]) -> None:
+    """Make ``target`` a module with ``source``'s children and hooks, running no constructor (one would draw random numbers)."""
+    nn.Module.__init__(target)
+    vars(target).update(_hooks(source))
+    for name in children:
+        setattr(target, name, getattr(source, name))
+    target.training = source.training
+
+
+# The functions below run in every call, so they read the registries of nn.Module directly: its __getattr__ costs ten times as
+# much.
+
+
+def _conv_blocks(block: nn.Module) -> tuple[Any, ...]:
+    """The six convolution blocks, in the order of ``InceptionSpec.convs``."""
+    modules = block._modules
+    branch2, branch3 = modules["branch2"]._modules, modules["branch3"]._modules  # type: ignore[union-attr]
+    branch4 = modules["branch4"]._modules  # type: ignore[union-attr]
+    return modules["branch1"], branch2["0"], branch2["1"], branch3["0"], branch3["1"], branch4["1"]
+
+
+def _has_live_norm(block: nn.Module) -> bool:
+    norm = block._modules["bn"]
+    return norm is not None and norm.training
+
+
+def _conv_params(block: nn.Module) -> ConvParams:
+    conv, norm = block._modules["conv"], block._modules["bn"]
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]  # type: ignore[union-attr]
+    if norm is None:
+        return ConvParams(weight, bias)  # type: ignore[arg-type]
+    affine, statistics = norm._parameters, norm._buffers
+    params = BatchNormParams(
+        affine["weight"],  # type: ignore[arg-type]
+        affine["bias"],  # type: ignore[arg-type]
+        statistics["running_mean"],  # type: ignore[arg-type]
+        statistics["running_var"],  # type: ignore[arg-type]
+    )
+    return ConvParams(weight, bias, params, norm.eps)  # type: ignore[arg-type]

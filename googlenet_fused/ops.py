@@ -1,0 +1,331 @@
+"""The operators ``torch.ops.googlenet_fused.*``: schemas, shape rules and autograd. The backend is chosen inside, at the call.
+
+``inception`` takes a module's parameters as they are, batch norm included, and is differentiable. ``inception_packed`` takes
+weights that are folded and merged already, and is for inference. ``conv2d_relu`` is the stem's building block, for inference as
+well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from googlenet_fused.backends import registry
+from googlenet_fused.packing import (
+    BatchNormParams,
+    ConvParams,
+    PackedInception,
+    fold_batch_norm,
+    fold_batch_norm_backward,
+    pack_inception,
+    spec_of_weights,
+)
+from googlenet_fused.parameter_cache import ParameterCache
+from googlenet_fused.spec import InceptionSpec
+
+aten = torch.ops.aten
+
+_library = torch.library.Library("googlenet_fused", "DEF")
+_library.define(
+    "inception(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float[] eps, str backend='auto') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.define(
+    "inception_packed(Tensor x, Tensor shared_weight, Tensor shared_bias, Tensor ch3x3_weight, Tensor ch3x3_bias, "
+    "Tensor ch5x5_weight, Tensor ch5x5_bias, Tensor pool_proj_weight, Tensor pool_proj_bias, str backend='auto') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.define(
+    "conv2d_relu(Tensor x, Tensor weight, Tensor bias, SymInt[2] stride, SymInt[2] padding, str backend='auto') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+_packed: ParameterCache[PackedInception] = ParameterCache()
+_folded: ParameterCache[tuple[Tensor, Tensor]] = ParameterCache()
+
+
+def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry.AUTO) -> Tensor:
+    """One Inception module in evaluation mode, fused: four branches written into one concat buffer.
+
+    Differentiable in ``x``, the weights, the biases and the batch norms' weight and bias, twice. Weights are folded and packed
+    once and kept until a tensor of ``convs`` changes.
+
+    Args:
+        x: ``[n, in_channels, h, w]``, any strides, h and w at least 1; float64, float32, bfloat16 or float16.
+        convs: the six convolutions in the order of ``InceptionSpec.convs``, each a ``ConvParams`` or its first fields, such as
+            ``(weight, bias)``. All of them have a bias or none has, and likewise for the batch norm.
+        backend: a backend's name, or ``"auto"``.
+
+    Returns:
+        ``[n, out_channels, h, w]`` in x's dtype, channels in the order of ``InceptionSpec.slices``; channels_last if x is.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+        TypeError: x's dtype is not that of the weights, outside autocast.
+        BackendError: the backend that was named cannot run this.
+        NotImplementedError: forward-mode differentiation.
+
+    :Equivalent pytorch code: ``googlenet_fused.blocks.Inception.forward``
+    """
+    convs = [ConvParams(*conv) for conv in convs]
+    x = _autocast_input(x, convs[0].weight.dtype)
+    if torch.compiler.is_compiling() or _differentiates(x, convs):
+        return torch.ops.googlenet_fused.inception(x, *_flatten(convs), backend)
+    return torch.ops.googlenet_fused.inception_packed(x, *_pack_cached(convs, x.dtype), backend)
+
+
+def conv2d_relu(
+    x: Tensor, conv: ConvParams, *, stride: Sequence[int], padding: Sequence[int], backend: str = registry.AUTO
+) -> Tensor:
+    """Convolution with batch norm folded and ReLU, ``[n, i, h, w] -> [n, o, h', w']``, channels_last out.
+
+    Where gradients are wanted it runs as torch's separate operators.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+        TypeError: x's dtype is not that of the weights, outside autocast.
+        BackendError: the backend that was named cannot run this.
+    """
+    x = _autocast_input(x, conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    if torch.compiler.is_compiling() or _differentiates(x, [conv]):
+        weight, bias = fold_batch_norm(conv, x.dtype)
+        if _differentiates(x, [conv]):
+            return F.conv2d(x, weight, bias, stride, padding).relu()
+    else:
+        weight, bias = _folded.get(_tensors(conv), (x.dtype, conv.eps), lambda: fold_batch_norm(conv, x.dtype))
+    return torch.ops.googlenet_fused.conv2d_relu(x, weight, bias, stride, padding, backend)
+
+
+def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """``x`` in the dtype that autocast asks for here, as torch's own convolutions cast; fp64 is left alone, as they do.
+
+    Raises:
+        TypeError: outside autocast, x's dtype is not ``weight_dtype``.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    if x.dtype != weight_dtype:
+        raise TypeError(
+            f"x is {x.dtype} but the weights are {weight_dtype}: convert one with .to(), "
+            f"or run under torch.autocast({x.device.type!r})"
+        )
+    return x
+
+
+def forget_packed(convs: Sequence[ConvParams]) -> None:
+    """Drop the weights packed for these convolutions, after a change that cannot be seen: a write through ``.data``."""
+    _packed.forget(convs[0].weight)
+    _folded.forget(convs[0].weight)
+
+
+def _differentiates(x: Tensor, convs: Sequence[ConvParams]) -> bool:
+    if forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(tensor.requires_grad for conv in convs for tensor in _tensors(conv))
+
+
+def _tensors(conv: ConvParams) -> list[Tensor]:
+    return [conv.weight, *(() if conv.bias is None else (conv.bias,)), *(conv.norm or ())]
+
+
+def _flatten(convs: Sequence[ConvParams]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
+    """The operator's arguments ``weights, biases, norms, eps``: 6, 0 or 6, 0 or 24 tensors, and 6 numbers."""
+    biases = [conv.bias for conv in convs if conv.bias is not None]
+    norms = [tensor for conv in convs for tensor in conv.norm or ()]
+    return [conv.weight for conv in convs], biases, norms, [conv.eps for conv in convs]
+
+
+def _unflatten(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], eps: Sequence[float]
+) -> list[ConvParams]:
+    if len(weights) != 6 or len(biases) not in (0, 6) or len(norms) not in (0, 24) or len(eps) != 6:
+        raise ValueError(
+            "expected 6 weights, 0 or 6 biases, 0 or 24 batch norm tensors and 6 eps, "
+            f"got {len(weights)}, {len(biases)}, {len(norms)} and {len(eps)}"
+        )
+    return [
+        ConvParams(
+            weights[i], biases[i] if biases else None, BatchNormParams(*norms[4 * i : 4 * i + 4]) if norms else None, eps[i]
+        )
+        for i in range(6)
+    ]
+
+
+def _pack_cached(convs: Sequence[ConvParams], dtype: torch.dtype) -> PackedInception:
+    sources = [tensor for conv in convs for tensor in _tensors(conv)]
+    eps = tuple(conv.eps for conv in convs)
+    return _packed.get(sources, (dtype, eps), lambda: pack_inception(convs, dtype))
+
+
+def _check_input(x: Tensor, spec: InceptionSpec, weight: Tensor) -> None:
+    if x.dim() != 4 or x.shape[1] != spec.in_channels:
+        raise ValueError(f"x must be [n, {spec.in_channels}, h, w] for {spec}, got {list(x.shape)}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"x must have a height and width of at least 1, got {list(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device} but the weights are on {weight.device}: move one with .to()")
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The output's memory format: channels_last if a pixel's channels are adjacent in x, as in any slice of such a tensor."""
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
+def _allocate(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = (x.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _refuse_forward_ad(*tensors: Tensor) -> None:
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "forward-mode differentiation (jvp) of the fused Inception module is not implemented: differentiate the plain "
+            "block, which googlenet_fused.unfuse(model) gives back"
+        )
+
+
+def _run(x: Tensor, packed: PackedInception, backend: str) -> Tensor:
+    spec = packed.spec
+    _check_input(x, spec, packed.shared_weight)
+    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, spec))
+    out = _allocate(x, spec.out_channels, x.shape[2], x.shape[3])
+    if out.numel():
+        chosen.inception(x, packed, out)
+    return out
+
+
+def _inception(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
+    backend: str = registry.AUTO,
+) -> Tensor:
+    _refuse_forward_ad(x, *weights, *biases, *norms)
+    return _run(x, _pack_cached(_unflatten(weights, biases, norms, eps), x.dtype), backend)
+
+
+def _inception_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
+    backend: str = registry.AUTO,
+) -> Tensor:
+    _unflatten(weights, biases, norms, eps)
+    spec = spec_of_weights(weights)
+    _check_input(x, spec, weights[0])
+    return _allocate(x, spec.out_channels, x.shape[2], x.shape[3])
+
+
+def _inception_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, biases, norms, eps, _ = inputs
+    ctx.eps, ctx.counts = eps, (len(weights), len(biases), len(norms))
+    ctx.save_for_backward(x, output, *weights, *biases, *norms)
+
+
+def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Gradients by torch's own operators, so that they can be differentiated again. Bottlenecks and pool are recomputed."""
+    x, output, *parameters = ctx.saved_tensors
+    n_weights, n_biases, _ = ctx.counts
+    convs = _unflatten(
+        parameters[:n_weights], parameters[n_weights : n_weights + n_biases], parameters[n_weights + n_biases :], ctx.eps
+    )
+    folded = [fold_batch_norm(conv, x.dtype) for conv in convs]
+    spec = spec_of_weights([weight for weight, _ in folded])
+    (w1, _), (w3r, b3r), (w3, _), (w5r, b5r), (w5, _), (wp, _) = folded
+
+    reduced3 = F.conv2d(x, w3r, b3r).relu()
+    reduced5 = F.conv2d(x, w5r, b5r).relu()
+    pooled, indices = aten.max_pool2d_with_indices(x, [3, 3], [1, 1], [1, 1])
+
+    grad = aten.threshold_backward(grad, output.detach(), 0)
+    grad1, grad3, grad5, gradp = (grad[:, channels] for channels in spec.slices)
+    to_1x1 = _conv2d_backward(grad1, x, w1)
+    to_3x3 = _conv2d_backward(grad3, reduced3, w3)
+    to_3x3red = _conv2d_backward(aten.threshold_backward(to_3x3[0], reduced3, 0), x, w3r)
+    to_5x5 = _conv2d_backward(grad5, reduced5, w5)
+    to_5x5red = _conv2d_backward(aten.threshold_backward(to_5x5[0], reduced5, 0), x, w5r)
+    to_proj = _conv2d_backward(gradp, pooled, wp)
+    through_pool = aten.max_pool2d_with_indices_backward(to_proj[0], x, [3, 3], [1, 1], [1, 1], [1, 1], False, indices)
+
+    grad_x = to_1x1[0] + to_3x3red[0] + to_5x5red[0] + through_pool
+    of_folded = (to_1x1, to_3x3red, to_3x3, to_5x5red, to_5x5, to_proj)
+    grads = [fold_batch_norm_backward(conv, dw, db) for conv, (_, dw, db) in zip(convs, of_folded, strict=True)]
+    return (
+        grad_x,
+        [conv.weight for conv in grads],
+        [conv.bias for conv in grads if conv.bias is not None],
+        [tensor for conv in grads for tensor in conv.norm or ()],
+        None,
+        None,
+    )
+
+
+def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias of a stride-1 convolution that keeps height and width."""
+    padding = weight.shape[2] // 2
+    return aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, True, True]
+    )
+
+
+def _inception_packed(x: Tensor, *packed_and_backend: Any) -> Tensor:
+    *packed, backend = packed_and_backend if len(packed_and_backend) == 9 else (*packed_and_backend, registry.AUTO)
+    _refuse_forward_ad(x)
+    return _run(x, PackedInception(*packed), backend)
+
+
+def _inception_packed_fake(x: Tensor, *packed_and_backend: Any) -> Tensor:
+    packed = PackedInception(*packed_and_backend[:8])
+    _check_input(x, packed.spec, packed.shared_weight)
+    return _allocate(x, packed.spec.out_channels, x.shape[2], x.shape[3])
+
+
+def _conv2d_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], backend: str = registry.AUTO
+) -> Tensor:
+    _refuse_forward_ad(x)
+    out = _conv2d_relu_fake(x, weight, bias, stride, padding)
+    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None))
+    if out.numel():
+        chosen.conv2d_relu(x, weight, bias, stride, padding, out)
+    return out
+
+
+def _conv2d_relu_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], backend: str = registry.AUTO
+) -> Tensor:
+    channels, in_channels, *kernel = weight.shape
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"x must be [n, {in_channels}, h, w] for a weight of shape {list(weight.shape)}, got {list(x.shape)}")
+    height, width = ((x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2))
+    if height < 1 or width < 1:
+        raise ValueError(f"x of shape {list(x.shape)} is too small for a {kernel[0]}x{kernel[1]} convolution")
+    return _allocate(x, channels, height, width)
+
+
+def _refuse_backward(ctx: Any, grad: Tensor) -> Any:
+    raise NotImplementedError(
+        "this operator takes packed weights and is for inference: for gradients, "
+        "call googlenet_fused.inception on the parameters"
+    )
+
+
+for _name, _kernel, _fake, _backward, _setup_context in (
+    ("inception", _inception, _inception_fake, _inception_backward, _inception_setup_context),
+    ("inception_packed", _inception_packed, _inception_packed_fake, _refuse_backward, None),
+    ("conv2d_relu", _conv2d_relu, _conv2d_relu_fake, _refuse_backward, None),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"googlenet_fused::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"googlenet_fused::{_name}", _backward, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,18 @@
+"""Weights of GoogLeNet: published ones by name, local files, and loading that either succeeds or leaves the model as it was."""
+
+from googlenet_fused.weights.download import fetch, published_as
+from googlenet_fused.weights.errors import WeightsError
+from googlenet_fused.weights.files import read_state_dict
+from googlenet_fused.weights.load import LoadedWeights, load_weights
+from googlenet_fused.weights.published import GoogLeNet_Weights, Weights
+
+__all__ = [
+    "GoogLeNet_Weights",
+    "LoadedWeights",
+    "Weights",
+    "WeightsError",
+    "fetch",
+    "load_weights",
+    "published_as",
+    "read_state_dict",
+]

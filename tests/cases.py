@@ -1,0 +1,143 @@
+"""The cases that tests and benchmarks share: shapes, inputs in every layout, exact integers, guarded buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from googlenet_fused.blocks import Inception, Norm
+from googlenet_fused.modules import FusedInception
+from googlenet_fused.packing import ConvParams
+from googlenet_fused.randomize import randomize_
+from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec
+
+GOOGLENET_MODULES: dict[str, tuple[InceptionSpec, int]] = {
+    name: (spec, GOOGLENET_SIDES[name]) for name, spec in GOOGLENET_SPECS.items()
+}
+"""The nine modules with the side of their input at 224x224."""
+
+TINY = InceptionSpec(5, 3, 4, 6, 2, 3, 5, large_kernel=5)
+"""Small enough for gradcheck, with no width a multiple of another's."""
+
+ODD_SPECS: dict[str, InceptionSpec] = {
+    "tiny": TINY,
+    "ones": InceptionSpec(1, 1, 1, 1, 1, 1, 1),
+    "primes": InceptionSpec(13, 7, 11, 17, 3, 5, 19),
+    "wide": InceptionSpec(33, 65, 31, 63, 9, 129, 15),
+}
+"""Widths that no kernel likes."""
+
+SMALL_SIZES: list[tuple[int, int, int]] = [(1, 1, 1), (2, 7, 7), (1, 5, 9), (3, 4, 1), (1, 14, 13), (5, 2, 3)]
+"""(batch, height, width), smaller than the large kernel included."""
+
+INTEGER_LIMIT = 3
+
+
+def both_kernels(spec: InceptionSpec) -> list[InceptionSpec]:
+    return [replace(spec, large_kernel=3), replace(spec, large_kernel=5)]
+
+
+def plain_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0) -> Inception:
+    """A plain module in evaluation mode with weights and batch norm statistics that make every branch matter."""
+    *widths, large_kernel = spec
+    return randomize_(Inception(*widths, large_kernel=large_kernel, norm=norm), seed).eval()
+
+
+def fused_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0, backend: str = "auto") -> FusedInception:
+    """The fused module with the same parameters as ``plain_inception``."""
+    return FusedInception.from_module(plain_inception(spec, norm, seed), backend=backend)
+
+
+def random_input(
+    spec: InceptionSpec, batch: int, height: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> Tensor:
+    """Normal input ``[batch, in_channels, height, width]``, contiguous; the same numbers in every dtype, rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, spec.in_channels, height, width, generator=generator).to(dtype)
+
+
+def integer_convs(spec: InceptionSpec, dtype: torch.dtype = torch.float32, seed: int = 2) -> list[ConvParams]:
+    """Six convolutions of small integers.
+
+    With integer inputs of at most INTEGER_LIMIT every partial sum is an integer that fp32 holds exactly, in any order of
+    addition, so a result must equal the fp64 one bit for bit. Weights are thinned out to keep the second convolution's sums
+    below 2**24.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(shape: tuple[int, ...], keep: float) -> Tensor:
+        values = torch.randint(-INTEGER_LIMIT, INTEGER_LIMIT + 1, shape, generator=generator)
+        return (values * (torch.rand(shape, generator=generator) < keep)).to(dtype)
+
+    return [
+        ConvParams(
+            integers(
+                (conv.out_channels, conv.in_channels, conv.kernel_size, conv.kernel_size), keep=min(1.0, 40 / conv.in_channels)
+            ),
+            integers((conv.out_channels,), keep=1.0),
+        )
+        for conv in spec.convs
+    ]
+
+
+def integer_input(
+    spec: InceptionSpec, batch: int, height: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 3
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, spec.in_channels, height, width)
+    return torch.randint(-INTEGER_LIMIT, INTEGER_LIMIT + 1, shape, generator=generator).to(dtype)
+
+
+def _slice_of_wider(x: Tensor) -> Tensor:
+    wider = x.new_full((x.shape[0], x.shape[1] + 5, x.shape[2], x.shape[3]), float("nan"))
+    wider = wider.contiguous(memory_format=torch.channels_last)
+    wider[:, 2 : 2 + x.shape[1]] = x
+    return wider[:, 2 : 2 + x.shape[1]]
+
+
+def _every_other_pixel(x: Tensor) -> Tensor:
+    larger = x.new_full((x.shape[0], x.shape[1], x.shape[2] * 2, x.shape[3] * 2), float("nan"))
+    larger[:, :, ::2, ::2] = x
+    return larger[:, :, ::2, ::2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "slice_of_wider": _slice_of_wider,
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch_innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "every_other_pixel": _every_other_pixel,
+}
+"""The same values in other strides."""
+
+
+def guarded_buffer(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, *, channels_last: bool = True
+) -> tuple[Tensor, Tensor]:
+    """A NaN-poisoned output of ``shape`` inside a larger buffer of sentinels: ``(out, buffer)``, for ``check_guards``."""
+    n, c, h, w = shape
+    buffer = torch.full((n + 2, c + 16, h + 2, w + 2), SENTINEL, dtype=dtype)
+    if channels_last:
+        buffer = buffer.contiguous(memory_format=torch.channels_last)
+    out = buffer[1:-1, 8:-8, 1:-1, 1:-1]
+    out.fill_(float("nan"))
+    return out, buffer
+
+
+def check_guards(out: Tensor, buffer: Tensor) -> None:
+    """Every element of ``out`` was written and nothing around it.
+
+    Raises:
+        AssertionError: a NaN is left in the output, or a sentinel is gone.
+    """
+    assert not out.isnan().any(), f"{int(out.isnan().sum())} output elements were never written"
+    written = torch.zeros_like(buffer, dtype=torch.bool)
+    written[1:-1, 8:-8, 1:-1, 1:-1] = True
+    assert (buffer[~written] == SENTINEL).all(), "something outside the output was written"
+
+
+SENTINEL = 1234.0
