@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from googlenet_fused import __version__, bench, info
@@ -52,7 +53,7 @@ def torchvision_eager(workload: Workload) -> Bind:
 
 def compiled(workload: Workload) -> Bind:
     """torch.compile with parameters frozen into the graph, which lets Inductor fold the norms and prepack the weights."""
-    model = torch.compile(workload.model, options={"freezing": True})
+    model = torch.compile(workload.model, dynamic=False, options={"freezing": True})
     try:
         model(workload.input(seed=0))
     except Exception as error:  # no compiler, no Python headers, an unsupported platform: Inductor raises its own for each
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with bench.torch_threads(arguments.threads):
             rows = run(cases, arguments.rounds, arguments.compile)
             result = record(rows, arguments.rounds, load, git)
-            _print_table(rows)
+            bench.print_results(rows, result["machine"]["threads"], Console(highlight=False))
     except (ValueError, Unavailable) as error:
         print(f"benchmarks/cpu.py: error: {error}", file=sys.stderr)
         return 1
@@ -231,16 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
-    wrong = [row for row in rows if row.status == "wrong"]
-    for row in wrong:
-        print(f"error: {row.title} is wrong ({row.case}): {row.reason}", file=sys.stderr)
-    return 1 if wrong else 0
-
-
-def _print_table(rows: Sequence[Row]) -> None:
-    from rich.console import Console
-
-    Console().print(bench.results_table(rows))
+    return 1 if any(row.status == "wrong" for row in rows) else 0
 
 
 if __name__ == "__main__":

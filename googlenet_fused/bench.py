@@ -30,10 +30,10 @@ from googlenet_fused.convert import fuse
 from googlenet_fused.info import machine_description
 from googlenet_fused.models import VariantName, googlenet
 from googlenet_fused.randomize import randomize_
-from googlenet_fused.tolerance import Comparison, compare
+from googlenet_fused.tolerance import Comparison, compare, references
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 __all__ = [
     "BASELINE",
@@ -51,8 +51,8 @@ __all__ = [
     "machine_description",
     "measure",
     "package_providers",
+    "print_results",
     "progress_bar",
-    "results_table",
     "torch_threads",
     "wall_clock",
 ]
@@ -180,11 +180,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """A case with its network: ``model`` in the case's dtype, ``truth_model`` with the same rounded parameters in fp64."""
+    """A case with its network, ``model``, in the case's dtype."""
 
     case: Case
     model: nn.Module
-    truth_model: nn.Module
 
     def input(self, seed: int) -> Tensor:
         """Seeded normal noise ``[batch, 3, side, side]``, contiguous, already rounded to the case's dtype."""
@@ -197,7 +196,7 @@ class Workload:
 class Provider:
     """One way of running the network: ``build(workload)`` prepares it, or raises `Unavailable`, and returns ``bind``.
 
-    ``bind(x)`` puts an input into the provider's own form, untimed, and returns the call that is timed.
+    ``bind(x)`` puts an input into the form that the provider takes, untimed, and returns the call that is timed.
     """
 
     name: str
@@ -253,7 +252,7 @@ class Row:
 def build_workload(case: Case, seed: int = 0) -> Workload:
     """A network with seeded, non-degenerate weights and statistics (fresh ones would make every logit equal its bias)."""
     model = randomize_(googlenet(case.variant, aux_logits=False, init_weights=False), seed).eval().to(DTYPES[case.dtype])
-    return Workload(case, model, copy.deepcopy(model).double())
+    return Workload(case, model)
 
 
 def _eager(workload: Workload) -> Bind:
@@ -326,10 +325,10 @@ def measure(
                 if provider.name == BASELINE:
                     raise
                 rows[provider.name] = Row(workload.case, provider.name, provider.title, "wrong", _first_line(error))
-        gated = _gate(workload, bound)
-        titles = {provider.name: provider.title for provider in providers}
+        known = {provider.name: provider for provider in providers}
+        gated = _gate(workload, [(known[name], bind) for name, bind in bound.items()])
         for name, failure in gated.failures.items():
-            rows[name] = Row(workload.case, name, titles[name], "wrong", failure)
+            rows[name] = Row(workload.case, name, known[name].title, "wrong", failure)
         x = workload.input(seed=0)
         calls = {name: bind(x) for name, bind in bound.items() if name not in gated.failures}
         timings = interleaved(
@@ -344,7 +343,7 @@ def measure(
     for name, timing in timings.items():
         speedup = timings[BASELINE].median / timing.median
         worst = gated.worst[name]
-        rows[name] = Row(workload.case, name, titles[name], "ok", None, timing, speedup, worst.max_error, worst.rms_error)
+        rows[name] = Row(workload.case, name, known[name].title, "ok", None, timing, speedup, worst.max_error, worst.rms_error)
     return [rows[provider.name] for provider in providers]
 
 
@@ -354,18 +353,21 @@ class _Gate:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def _gate(workload: Workload, bound: Mapping[str, Bind], inputs: int = 2) -> _Gate:
+def _gate(workload: Workload, bound: Sequence[tuple[Provider, Bind]], inputs: int = 2) -> _Gate:
     """Judges each provider on fresh inputs; two, so that one which returns an earlier answer again is caught."""
     gate = _Gate()
     for seed in range(1, 1 + inputs):
         x = workload.input(seed)
-        truth = workload.truth_model(x.double())
-        peers = _peers(workload, x)
-        for name, bind in bound.items():
+        try:
+            judged_by = references(workload.model, x)
+        except (NotImplementedError, RuntimeError) as error:
+            raise Unavailable(f"plain PyTorch cannot run {workload.case} here: {_first_line(error)}") from error
+        for provider, bind in bound:
+            name = provider.name
             if name in gate.failures:
                 continue
             try:
-                comparison = compare(bind(x)().to(x.dtype), peers, truth)
+                comparison = compare(bind(x)().to(x.dtype), *judged_by)
             except Exception as error:  # whatever a provider does wrong is its own result, and the others go on
                 gate.failures[name] = _first_line(error)
                 continue
@@ -373,16 +375,6 @@ def _gate(workload: Workload, bound: Mapping[str, Bind], inputs: int = 2) -> _Ga
             if not comparison.ok:
                 gate.failures[name] = str(comparison)
     return gate
-
-
-def _peers(workload: Workload, x: Tensor) -> list[Tensor]:
-    """PyTorch's own results, whose errors set the tolerance: its kernels depend on the layout and on the batch."""
-    twice = torch.cat([x, x])
-    try:
-        last = workload.model(twice.contiguous(memory_format=torch.channels_last))
-        return [workload.model(x), workload.model(twice)[: len(x)], last[: len(x)]]
-    except (NotImplementedError, RuntimeError) as error:
-        raise Unavailable(f"plain PyTorch cannot run {workload.case} here: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -431,29 +423,31 @@ def latency_panels(rows: Sequence[Row]) -> list[Panel]:
     return [Panel(str(case), bars) for case, bars in panels.items()]
 
 
-def results_table(rows: Sequence[Row]) -> Table:
-    """Rows of one or more cases as a table for the terminal."""
+def print_results(rows: Sequence[Row], threads: int, console: Console) -> None:
+    """Prints a table for each case, and under it why a provider has no time."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title="GoogLeNet, milliseconds a call", title_justify="left", box=box.SIMPLE_HEAD, caption_justify="left")
-    table.add_column("")
-    for column in ("median", "p20", "p80", "n", "speed-up", "error"):
-        table.add_column(column, justify="right")
-    previous: Case | None = None
-    for row in rows:
-        if row.case != previous:
-            table.add_section()
-            table.add_row(f"[bold]{row.case}[/bold]")
-            previous = row.case
-        if row.timing is None:
-            table.add_row(row.title, row.status)
-            continue
-        timing = row.timing
-        cells = (f"{timing.median:.2f}", f"{timing.p20:.2f}", f"{timing.p80:.2f}", str(timing.n))
-        table.add_row(row.title, *cells, f"{row.speedup:.2f}x", f"{row.max_error:.1e}")
-    table.caption = (
-        f"Speed-up: median against PyTorch in the same run, {torch.get_num_threads()} threads.\n"
-        "Error: the largest of the logits, against an fp64 run and relative to the largest logit."
+    for case in dict.fromkeys(row.case for row in rows):
+        of_case = [row for row in rows if row.case == case]
+        calls = max((row.timing.n for row in of_case if row.timing is not None), default=0)
+        title = f"{case}: ms a call, {calls} calls each"
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=76)
+        table.add_column("", ratio=1)
+        for column in ("median", "p20", "p80", "speed-up", "error"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in of_case:
+            timing = row.timing
+            if timing is None:
+                table.add_row(f"{row.title} ({row.status})")
+                continue
+            cells = (f"{timing.median:.2f}", f"{timing.p20:.2f}", f"{timing.p80:.2f}")
+            table.add_row(row.title, *cells, f"{row.speedup:.2f}x", f"{row.max_error:.1e}")
+        console.print(table)
+        for row in of_case:
+            if row.reason is not None:
+                console.print(f"{row.title}, {row.status}: {row.reason}\n", markup=False)
+    console.print(
+        f"{threads} torch threads. Speed-up: median against PyTorch in the same run. Error: the largest of the logits, against "
+        "an fp64 run and relative to the largest logit."
     )
-    return table

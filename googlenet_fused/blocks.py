@@ -37,7 +37,8 @@ class BasicConv2d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, norm: Norm = "batch", **kwargs: object) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, bias=norm is None, **kwargs)  # type: ignore[arg-type]
-        self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS) if norm == "batch" else None
+        self.bn: nn.BatchNorm2d | None
+        self.register_module("bn", nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS) if norm == "batch" else None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

@@ -65,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _failed(str(error), error.code)
     except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
             raise
-        return _failed(f"this command needs {error.name}, which is not installed: pip install 'googlenet-fused[tools]'")
+        return _failed(f"this command needs {package}, which is not installed: pip install 'googlenet-fused[tools]'")
     except ImportError as error:
         if error.name is not None:
             raise
@@ -92,12 +93,23 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="run plain and fused GoogLeNet on real photographs and compare them")
     demo.add_argument(
-        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="for the chart and the report (%(default)s)"
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="for the chart and the report (default: %(default)s)",
     )
-    demo.add_argument("--weights", type=Path, metavar="FILE", help="a .pth or .safetensors file (the published weights)")
+    demo.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a .pth or .safetensors file (default: the published weights)"
+    )
     demo.set_defaults(run=_demo)
 
-    classify = commands.add_parser("classify", help="name what is in images")
+    classify = commands.add_parser(
+        "classify",
+        help="name what is in images",
+        description="Name what is in images. They are prepared as the published weights expect, whatever the variant: RGB, "
+        "shorter side 256, centre crop 224, ImageNet mean and deviation.",
+    )
     classify.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
     classify.add_argument(
         "--weights",
@@ -107,22 +119,30 @@ def _parser() -> argparse.ArgumentParser:
         "random: the demonstration net, whose labels mean nothing",
     )
     classify.add_argument(
-        "--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet the weights are for (%(default)s)"
+        "--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet the weights are for (default: %(default)s)"
     )
-    classify.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (%(default)s)")
-    classify.add_argument("--top", type=_positive, default=5, metavar="N", help="how many classes to name (%(default)s)")
+    classify.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
+    classify.add_argument(
+        "--top", type=_positive, default=5, metavar="N", help="how many classes to name (default: %(default)s)"
+    )
     classify.add_argument("--json", action="store_true", help="print JSON instead of text")
     classify.set_defaults(run=_classify)
 
     bench = commands.add_parser("bench", help="time plain against fused GoogLeNet on this machine")
-    bench.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="batch sizes (1)")
-    bench.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"], help="dtypes (fp32)")
-    bench.add_argument("--variant", choices=VARIANTS, default="torchvision", help="%(default)s")
-    bench.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (%(default)s)")
-    bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (as torch chooses)")
-    bench.add_argument("--rounds", type=_positive, default=20, metavar="N", help="rounds of 5 timed calls each (%(default)s)")
+    bench.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
+    bench.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"], help="dtypes (default: fp32)")
+    bench.add_argument("--variant", choices=VARIANTS, default="torchvision", help="default: %(default)s")
+    bench.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
+    bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: as torch chooses)")
     bench.add_argument(
-        "--output", type=Path, default=Path("bench-output"), metavar="DIR", help="for the chart and the results (%(default)s)"
+        "--rounds", type=_positive, default=20, metavar="N", help="rounds of 5 timed calls each (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--output",
+        type=Path,
+        default=Path("bench-output"),
+        metavar="DIR",
+        help="for the chart and the results (default: %(default)s)",
     )
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=_bench)
@@ -220,6 +240,7 @@ def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, str, Sequence
     from googlenet_fused import FusionMismatch, fuse, googlenet
     from googlenet_fused.backends import BackendError
     from googlenet_fused.demo import seeded_network
+    from googlenet_fused.images import ImageError
     from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
 
     source, variant = arguments.weights, arguments.variant
@@ -229,7 +250,10 @@ def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, str, Sequence
             f"{PROG}: warning: --weights random: the net is untrained, so classes and probabilities MEAN NOTHING",
             file=sys.stderr,
         )
-        plain, weights = seeded_network(variant), "random (untrained)"
+        try:
+            plain, weights = seeded_network(variant), "random (untrained)"
+        except ImageError as error:
+            raise CommandError(str(error)) from error
     else:
         if source == "default" and variant != "torchvision":
             raise CommandError(
@@ -283,7 +307,6 @@ def _bench(arguments: argparse.Namespace) -> int:
                     rows += bench.measure(workload, providers, schedule, advance=advance)
                 except (bench.Unavailable, registry.BackendError) as error:
                     raise CommandError(str(error)) from error
-        table = bench.results_table(rows)
 
     document = {"machine": machine, "rows": [row.to_json() for row in rows]}
     written = [arguments.output / "bench.json"]
@@ -296,7 +319,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**document, "files": [str(path) for path in written]}, indent=2))
     else:
-        Console().print(table)
+        bench.print_results(rows, machine["threads"], Console(highlight=False))
         print(f"wrote {' and '.join(map(str, written))}")
     bad = [row for row in rows if row.status != "ok"]
     for row in bad:

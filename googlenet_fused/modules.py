@@ -263,7 +263,7 @@ def _adopt(target: nn.Module, source: nn.Module, children: tuple[str, ...]) -> N
     nn.Module.__init__(target)
     vars(target).update(_hooks(source))
     for name in children:
-        setattr(target, name, getattr(source, name))
+        target.register_module(name, getattr(source, name))
     target.training = source.training
 
 

@@ -1,13 +1,13 @@
 """The operators ``torch.ops.googlenet_fused.*``: schemas, shape rules and autograd. The backend is chosen inside, at the call.
 
-``inception`` takes a module's parameters as they are, batch norm included, and is differentiable. ``inception_packed`` takes
-weights that are folded and merged already, and is for inference. ``conv2d_relu`` is the stem's building block, for inference as
-well.
+``inception`` takes a module's parameters as they are, batch norm included, keeps what it packs of them until one changes, and
+is differentiable. ``inception_packed`` takes weights that are packed already. ``conv2d_relu`` is one convolution with its batch
+norm and ReLU, for the stem. The last two are for inference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
-    "conv2d_relu(Tensor x, Tensor weight, Tensor bias, SymInt[2] stride, SymInt[2] padding, str backend='auto') -> Tensor",
+    "conv2d_relu(Tensor x, Tensor weight, Tensor? bias, Tensor[] norm, float eps, SymInt[2] stride, SymInt[2] padding, "
+    "str backend='auto') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
 _packed: ParameterCache[PackedInception] = ParameterCache()
-_folded: ParameterCache[tuple[Tensor, Tensor]] = ParameterCache()
+_folded: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
 
 
 def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry.AUTO) -> Tensor:
@@ -72,7 +73,9 @@ def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry
 
     :Equivalent pytorch code: ``googlenet_fused.blocks.Inception.forward``
     """
-    convs = [ConvParams(*conv) for conv in convs]
+    convs = [conv if isinstance(conv, ConvParams) else ConvParams(*conv) for conv in convs]
+    if len(convs) != 6:
+        raise ValueError(f"convs must hold the six convolutions of InceptionSpec.convs, got {len(convs)}")
     x = _autocast_input(x, convs[0].weight.dtype)
     if torch.compiler.is_compiling() or _differentiates(x, convs):
         return torch.ops.googlenet_fused.inception(x, *_flatten(convs), backend)
@@ -92,13 +95,12 @@ def conv2d_relu(
         BackendError: the backend that was named cannot run this.
     """
     x = _autocast_input(x, conv.weight.dtype).contiguous(memory_format=torch.channels_last)
-    if torch.compiler.is_compiling() or _differentiates(x, [conv]):
+    if _differentiates(x, [conv]):
         weight, bias = fold_batch_norm(conv, x.dtype)
-        if _differentiates(x, [conv]):
-            return F.conv2d(x, weight, bias, stride, padding).relu()
-    else:
-        weight, bias = _folded.get(_tensors(conv), (x.dtype, conv.eps), lambda: fold_batch_norm(conv, x.dtype))
-    return torch.ops.googlenet_fused.conv2d_relu(x, weight, bias, stride, padding, backend)
+        return F.conv2d(x, weight, bias, stride, padding).relu()
+    return torch.ops.googlenet_fused.conv2d_relu(
+        x, conv.weight, conv.bias, list(conv.norm or ()), conv.eps, stride, padding, backend
+    )
 
 
 def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
@@ -107,7 +109,7 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
     Raises:
         TypeError: outside autocast, x's dtype is not ``weight_dtype``.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype != weight_dtype:
         raise TypeError(
@@ -161,7 +163,12 @@ def _unflatten(
 def _pack_cached(convs: Sequence[ConvParams], dtype: torch.dtype) -> PackedInception:
     sources = [tensor for conv in convs for tensor in _tensors(conv)]
     eps = tuple(conv.eps for conv in convs)
-    return _packed.get(sources, (dtype, eps), lambda: pack_inception(convs, dtype))
+    return _packed.get(sources, (dtype, eps), lambda: PackedInception(*_detach(pack_inception(convs, dtype))))
+
+
+def _detach(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    # Where nothing had to be folded or laid out anew a result is the parameter itself, which a cache must not keep alive.
+    return tuple(tensor.detach() for tensor in tensors)
 
 
 def _check_input(x: Tensor, spec: InceptionSpec, weight: Tensor) -> None:
@@ -169,6 +176,10 @@ def _check_input(x: Tensor, spec: InceptionSpec, weight: Tensor) -> None:
         raise ValueError(f"x must be [n, {spec.in_channels}, h, w] for {spec}, got {list(x.shape)}")
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x must have a height and width of at least 1, got {list(x.shape)}")
+    _check_device(x, weight)
+
+
+def _check_device(x: Tensor, weight: Tensor) -> None:
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} but the weights are on {weight.device}: move one with .to()")
 
@@ -188,6 +199,15 @@ def _refuse_forward_ad(*tensors: Tensor) -> None:
         raise NotImplementedError(
             "forward-mode differentiation (jvp) of the fused Inception module is not implemented: differentiate the plain "
             "block, which googlenet_fused.unfuse(model) gives back"
+        )
+
+
+def _refuse_autograd(*tensors: Tensor) -> None:
+    """For operators without a backward, where they run (below autograd), rather than none at all in the backward pass."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise NotImplementedError(
+            "this operator is for inference: call it under torch.no_grad() or, for gradients, call googlenet_fused.inception "
+            "or the module"
         )
 
 
@@ -261,7 +281,7 @@ def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = to_1x1[0] + to_3x3red[0] + to_5x5red[0] + through_pool
     of_folded = (to_1x1, to_3x3red, to_3x3, to_5x5red, to_5x5, to_proj)
     grads = [fold_batch_norm_backward(conv, dw, db) for conv, (_, dw, db) in zip(convs, of_folded, strict=True)]
-    return (
+    returned = (
         grad_x,
         [conv.weight for conv in grads],
         [conv.bias for conv in grads if conv.bias is not None],
@@ -269,6 +289,8 @@ def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         None,
         None,
     )
+    # The dispatcher drops a trailing argument that has its default value, and torch 2.11 wants no gradient for it then.
+    return returned[: len(ctx.needs_input_grad)]
 
 
 def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,53 +301,81 @@ def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
     )
 
 
-def _inception_packed(x: Tensor, *packed_and_backend: Any) -> Tensor:
-    *packed, backend = packed_and_backend if len(packed_and_backend) == 9 else (*packed_and_backend, registry.AUTO)
+def _inception_packed(
+    x: Tensor,
+    shared_weight: Tensor,
+    shared_bias: Tensor,
+    ch3x3_weight: Tensor,
+    ch3x3_bias: Tensor,
+    ch5x5_weight: Tensor,
+    ch5x5_bias: Tensor,
+    pool_proj_weight: Tensor,
+    pool_proj_bias: Tensor,
+    backend: str = registry.AUTO,
+) -> Tensor:
+    packed = PackedInception(
+        *(shared_weight, shared_bias, ch3x3_weight, ch3x3_bias),
+        *(ch5x5_weight, ch5x5_bias, pool_proj_weight, pool_proj_bias),
+    )
     _refuse_forward_ad(x)
-    return _run(x, PackedInception(*packed), backend)
+    _refuse_autograd(x, *packed)
+    return _run(x, packed, backend)
 
 
-def _inception_packed_fake(x: Tensor, *packed_and_backend: Any) -> Tensor:
-    packed = PackedInception(*packed_and_backend[:8])
+def _inception_packed_fake(x: Tensor, *weights_and_backend: Any) -> Tensor:
+    packed = PackedInception(*weights_and_backend[:8])
     _check_input(x, packed.spec, packed.shared_weight)
     return _allocate(x, packed.spec.out_channels, x.shape[2], x.shape[3])
 
 
 def _conv2d_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], backend: str = registry.AUTO
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Sequence[Tensor],
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    backend: str = registry.AUTO,
 ) -> Tensor:
-    _refuse_forward_ad(x)
-    out = _conv2d_relu_fake(x, weight, bias, stride, padding)
+    conv = ConvParams(weight, bias, BatchNormParams(*norm) if norm else None, eps)
+    _refuse_forward_ad(x, *_tensors(conv))
+    _refuse_autograd(x, *_tensors(conv))
+    out = _conv2d_relu_fake(x, weight, bias, norm, eps, stride, padding)
     chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None))
     if out.numel():
-        chosen.conv2d_relu(x, weight, bias, stride, padding, out)
+        folded = _folded.get(_tensors(conv), (x.dtype, eps), lambda: _detach(fold_batch_norm(conv, x.dtype)))
+        chosen.conv2d_relu(x, folded[0], folded[1], stride, padding, out)
     return out
 
 
 def _conv2d_relu_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], backend: str = registry.AUTO
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Sequence[Tensor],
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    backend: str = registry.AUTO,
 ) -> Tensor:
     channels, in_channels, *kernel = weight.shape
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x must be [n, {in_channels}, h, w] for a weight of shape {list(weight.shape)}, got {list(x.shape)}")
+    _check_device(x, weight)
     height, width = ((x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2))
     if height < 1 or width < 1:
         raise ValueError(f"x of shape {list(x.shape)} is too small for a {kernel[0]}x{kernel[1]} convolution")
     return _allocate(x, channels, height, width)
 
 
-def _refuse_backward(ctx: Any, grad: Tensor) -> Any:
-    raise NotImplementedError(
-        "this operator takes packed weights and is for inference: for gradients, "
-        "call googlenet_fused.inception on the parameters"
-    )
-
-
-for _name, _kernel, _fake, _backward, _setup_context in (
-    ("inception", _inception, _inception_fake, _inception_backward, _inception_setup_context),
-    ("inception_packed", _inception_packed, _inception_packed_fake, _refuse_backward, None),
-    ("conv2d_relu", _conv2d_relu, _conv2d_relu_fake, _refuse_backward, None),
+for _name, _kernel, _fake in (
+    ("inception", _inception, _inception_fake),
+    ("inception_packed", _inception_packed, _inception_packed_fake),
+    ("conv2d_relu", _conv2d_relu, _conv2d_relu_fake),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"googlenet_fused::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"googlenet_fused::{_name}", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "googlenet_fused::inception", _inception_backward, setup_context=_inception_setup_context, lib=_library
+)

@@ -56,7 +56,8 @@ class PackedInception(NamedTuple):
         Raises:
             ValueError: the shapes do not belong to one Inception module.
         """
-        return _spec_of_packed_shapes(*(tuple(tensor.shape) for tensor in self))
+        # int: under tracing a size may be symbolic; a weight's widths are not meant to vary.
+        return _spec_of_packed_shapes(*(tuple(map(int, tensor.shape)) for tensor in self))
 
 
 @lru_cache(maxsize=256)
@@ -143,7 +144,12 @@ def fold_batch_norm_backward(conv: ConvParams, grad_weight: Tensor, grad_bias: T
 
 
 def pack_inception(convs: Sequence[ConvParams], dtype: torch.dtype) -> PackedInception:
-    """Fold, merge and lay out the six convolutions of a module, given in the order of ``InceptionSpec.convs``."""
+    """Fold, merge and lay out the six convolutions of a module, given in the order of ``InceptionSpec.convs``.
+
+    Raises:
+        ValueError: the weights do not belong to one Inception module; names the first that does not fit.
+    """
+    spec_of_weights([conv.weight for conv in convs])
     folded = [fold_batch_norm(conv, dtype) for conv in convs]
     (w1, b1), (w3r, b3r), (w3, b3), (w5r, b5r), (w5, b5), (wp, bp) = folded
     weights = (torch.cat([w1, w3r, w5r]), w3, w5, wp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ class InceptionSpec:
         """Output width of the 1x1 convolutions that read the module's input: ``[ch1x1 | ch3x3red | ch5x5red]`` merged."""
         return self.ch1x1 + self.ch3x3red + self.ch5x5red
 
-    @property
+    @cached_property
     def slices(self) -> BranchSlices:
         """Where each branch's channels lie in the output, axis 1."""
         ends = list(accumulate((self.ch1x1, self.ch3x3, self.ch5x5, self.pool_proj)))

@@ -316,8 +316,8 @@ def googlenet(
 
     Args:
         variant: which form of the network.
-        weights: a ``.pth`` or ``.safetensors`` file, or the published weights, as ``GoogLeNet_Weights.DEFAULT`` or ``"DEFAULT"``,
-            which are downloaded once. With torchvision's published weights ``transform_input`` becomes True: they expect it.
+        weights: a ``.pth`` or ``.safetensors`` file, or the published weights, ``GoogLeNet_Weights.DEFAULT`` or ``"DEFAULT"``,
+            which are downloaded once. With these ``transform_input`` becomes True, as they expect.
         progress: whether a download shows its progress.
         aux_logits: whether the auxiliary heads are there; by default only without ``weights``, as in torchvision.
         num_classes, transform_input, init_weights, dropout, dropout_aux: as ``GoogLeNet`` takes them.

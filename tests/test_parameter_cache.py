@@ -1,0 +1,517 @@
+"""The cache of packed weights: it follows every change of the parameters, and nothing that it holds outlives them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from googlenet_fused import FusedInception, ops, parameter_cache
+from googlenet_fused.blocks import Inception
+from googlenet_fused.modules import FusedConv2d
+from googlenet_fused.parameter_cache import ParameterCache
+
+
+class Counter:
+    """A ``build`` that counts its calls and returns twice the first source."""
+
+    def __init__(self, *sources: Tensor) -> None:
+        self.sources = sources
+        self.builds = 0
+
+    def __call__(self) -> Tensor:
+        self.builds += 1
+        return self.sources[0] * 2
+
+
+@pytest.fixture
+def cache() -> ParameterCache[Tensor]:
+    return ParameterCache()
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each time that a module's weights are packed."""
+    calls: list[object] = []
+    pack_inception = ops.pack_inception
+
+    def counting(*arguments: object) -> object:
+        calls.append(arguments)
+        return pack_inception(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "pack_inception", counting)
+    return calls
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each time that the stem's weights are folded."""
+    calls: list[object] = []
+    fold_batch_norm = ops.fold_batch_norm
+
+    def counting(*arguments: object) -> object:
+        calls.append(arguments)
+        return fold_batch_norm(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "fold_batch_norm", counting)
+    return calls
+
+
+def pair(norm: str | None = "batch") -> tuple[FusedInception, Inception]:
+    """A fused module and the plain one whose parameters it shares."""
+    plain = cases.plain_inception(cases.TINY, norm)
+    return FusedInception.from_module(plain), plain
+
+
+def image(dtype: torch.dtype = torch.float32) -> Tensor:
+    return cases.random_input(cases.TINY, 2, 5, 6, dtype)
+
+
+def assert_follows(fused: nn.Module, plain: nn.Module) -> None:
+    x = image(next(plain.parameters()).dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+# The cache itself.
+
+
+def test_hit_while_nothing_changes(cache: ParameterCache[Tensor]) -> None:
+    sources = [torch.randn(3), torch.randn(3)]
+    build = Counter(*sources)
+    first = cache.get(sources, "key", build)
+    assert all(cache.get(list(sources), "key", build) is first for _ in range(5))
+    assert build.builds == 1
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "in-place operator": lambda t: t.add_(1),
+    "assignment to a slice": lambda t: t.__setitem__(0, 5.0),
+    "copy_": lambda t: t.copy_(torch.ones(3)),
+    "out=": lambda t: torch.mul(t, 3, out=t),
+    "through a view": lambda t: t.view(3, 1).zero_(),
+    "through detach": lambda t: t.detach().mul_(2),
+    ".data swapped": lambda t: setattr(t, "data", torch.full((3,), 7.0)),
+    ".data swapped for another dtype": lambda t: setattr(t, "data", torch.full((3,), 7.0).double()),
+    "set_": lambda t: t.set_(torch.full((3,), 7.0)),
+    "inside inference_mode": torch.inference_mode()(lambda t: t.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_rebuilt_after_a_change(change: str, which: int, cache: ParameterCache[Tensor]) -> None:
+    sources = [torch.randn(3), torch.randn(3)]
+    build = Counter(*sources)
+    cache.get(sources, None, build)
+    CHANGES[change](sources[which])
+    assert torch.equal(cache.get(sources, None, build), sources[0] * 2)
+    assert build.builds == 2
+    cache.get(sources, None, build)
+    assert build.builds == 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rebuilt_after_a_source_is_replaced(which: int, cache: ParameterCache[Tensor]) -> None:
+    sources = [torch.randn(3), torch.randn(3)]
+    build = Counter(*sources)
+    cache.get(sources, None, build)
+    # An alias has the same version and address, and is another tensor all the same.
+    sources[which] = sources[which].detach()
+    cache.get(sources, None, build)
+    assert build.builds == 2
+
+
+def test_rebuilt_when_sources_come_or_go_or_change_places(cache: ParameterCache[Tensor]) -> None:
+    a, b, c = torch.randn(3), torch.randn(3), torch.randn(3)
+    for builds, sources in enumerate([[a], [a, b], [a, b, c], [a, c, b], [a, b]], start=1):
+        build = Counter(*sources)
+        cache.get(sources, None, build)
+        assert build.builds == 1, builds
+
+
+def test_rebuilt_when_the_memory_is_used_again(cache: ParameterCache[Tensor]) -> None:
+    # Beyond 32 MiB the C library gives memory back to the system, and gets it again at the same address: then version and
+    # address are as before. The caching allocator of a GPU does this at every size.
+    source = nn.Parameter(torch.full((9_000_000,), 1 / 3))
+    cache.get([source], None, lambda: source[:1] * 1)
+    source.data = source.data.bfloat16()
+    source.data = source.data.float()
+    assert cache.get([source], None, lambda: source[:1] * 1).item() == source[0].item()
+
+
+def test_keys_are_kept_apart(cache: ParameterCache[Tensor]) -> None:
+    source = torch.randn(3)
+    values = {key: cache.get([source], key, lambda key=key: source.to(key[0]) * key[1]) for key in _KEYS}
+    for key in _KEYS:
+        assert cache.get([source], key, pytest.fail) is values[key]
+        assert torch.equal(values[key], source.to(key[0]) * key[1])
+    source.add_(1)
+    for key in _KEYS:
+        assert torch.equal(cache.get([source], key, lambda key=key: source.to(key[0]) * key[1]), source.to(key[0]) * key[1])
+
+
+_KEYS = [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)]
+
+
+def test_caches_are_kept_apart() -> None:
+    source = torch.randn(3)
+    first, second = ParameterCache[Tensor](), ParameterCache[Tensor]()
+    assert first.get([source], None, lambda: source + 1) is not second.get([source], None, lambda: source + 2)
+
+
+def test_forget(cache: ParameterCache[Tensor]) -> None:
+    source, other = torch.randn(3), torch.randn(3)
+    build, other_build = Counter(source), Counter(other)
+    for key in (1, 2):
+        cache.get([source], key, build)
+    cache.get([other], 1, other_build)
+    source.data.mul_(2)  # not to be seen
+    cache.forget(source)
+    cache.forget(torch.randn(3))
+    for key in (1, 2):
+        assert torch.equal(cache.get([source], key, build), source * 2)
+    cache.get([other], 1, other_build)
+    assert (build.builds, other_build.builds) == (4, 1)
+
+
+def test_values_die_with_the_first_source(cache: ParameterCache[Tensor]) -> None:
+    source, other = torch.randn(3), torch.randn(3)
+    value = weakref.ref(cache.get([source, other], None, Counter(source)))
+    assert value() is not None
+    del source
+    gc.collect()
+    assert value() is None
+
+
+def test_a_source_is_not_kept_alive(cache: ParameterCache[Tensor]) -> None:
+    first, second = torch.randn(3), torch.randn(3)
+    cache.get([first, second], None, lambda: torch.zeros(1))
+    alive = weakref.ref(second)
+    del second
+    gc.collect()
+    assert alive() is None
+    build = Counter(first)
+    cache.get([first, torch.randn(3)], None, build)
+    assert build.builds == 1
+
+
+def test_a_rebuilt_value_replaces_the_old_one(cache: ParameterCache[Tensor]) -> None:
+    source = torch.randn(3)
+    old = weakref.ref(cache.get([source], None, Counter(source)))
+    source.add_(1)
+    cache.get([source], None, Counter(source))
+    gc.collect()
+    assert old() is None
+
+
+def test_an_id_that_is_used_again(cache: ParameterCache[Tensor]) -> None:
+    seen: set[int] = set()
+    reused = 0
+    for i in range(200):
+        source = torch.full((3,), float(i))
+        reused += id(source) in seen
+        seen.add(id(source))
+        assert torch.equal(cache.get([source], None, Counter(source)), source * 2)
+    assert reused > 0
+
+
+def test_nothing_is_kept_of_a_failed_build(cache: ParameterCache[Tensor]) -> None:
+    source = torch.randn(3)
+    with pytest.raises(ZeroDivisionError):
+        cache.get([source], None, lambda: source / (1 // 0))
+    assert torch.equal(cache.get([source], None, Counter(source)), source * 2)
+
+
+def test_values_are_ordinary_tensors_without_a_graph(cache: ParameterCache[Tensor]) -> None:
+    source = nn.Parameter(torch.randn(3))
+    with torch.inference_mode():
+        value = cache.get([source], None, Counter(source))
+        assert not torch.is_inference(value)
+    assert value.grad_fn is None
+    assert not value.requires_grad
+    leaf = torch.randn(3, requires_grad=True)
+    (leaf * value).sum().backward()  # an inference tensor could not be saved for this
+    assert torch.equal(leaf.grad, value)
+    with torch.inference_mode():
+        assert cache.get([source], None, pytest.fail) is value
+        assert torch.equal(value + 1, source * 2 + 1)
+
+
+@pytest.fixture
+def warnings_of_inference_tensors(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]]:
+    parameter_cache._warn_of_inference_tensors.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="googlenet_fused"):
+        yield lambda: sum("inference_mode" in record.getMessage() for record in caplog.records)
+    parameter_cache._warn_of_inference_tensors.cache_clear()
+
+
+def test_inference_tensors_are_packed_anew_with_one_warning(
+    cache: ParameterCache[Tensor], warnings_of_inference_tensors: Callable[[], int]
+) -> None:
+    with torch.inference_mode():
+        sources = [torch.randn(3), torch.randn(3)]
+    build = Counter(*sources)
+    for _ in range(3):
+        with torch.inference_mode():
+            sources[0].mul_(2)
+        assert torch.equal(cache.get(sources, None, build), sources[0] * 2)
+    assert build.builds == 3
+    mixed = [torch.randn(3), sources[0]]
+    build = Counter(*mixed)
+    cache.get(mixed, None, build)
+    cache.get(mixed, None, build)
+    assert build.builds == 2
+    assert warnings_of_inference_tensors() == 1
+
+
+@pytest.mark.parametrize("allow_non_fake_inputs", [False, True])
+def test_nothing_is_kept_of_a_fake_mode(allow_non_fake_inputs: bool, cache: ParameterCache[Tensor]) -> None:
+    source = torch.randn(3)
+    with FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs) as mode:
+        cache.get([mode.from_tensor(source)], None, lambda: torch.zeros(3))
+        if allow_non_fake_inputs:
+            cache.get([source], None, Counter(source))
+    assert torch.equal(cache.get([source], None, Counter(source)), source * 2)
+
+
+# Through the modules.
+
+
+def test_a_module_is_packed_once(packs: list[object]) -> None:
+    fused, _ = pair()
+    with torch.no_grad():
+        outputs = [fused(image()) for _ in range(4)]
+    with torch.inference_mode():
+        outputs += [fused(image()) for _ in range(2)]
+    assert len(packs) == 1
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_a_frozen_module_is_packed_once_with_gradients_enabled(packs: list[object]) -> None:
+    fused, _ = pair()
+    fused.requires_grad_(False)
+    for _ in range(3):
+        fused(image())
+    assert len(packs) == 1
+
+
+def test_the_stem_is_folded_once(folds: list[object]) -> None:
+    stem = FusedConv2d.from_module(cases.plain_inception(cases.TINY).branch1)
+    with torch.no_grad():
+        for _ in range(4):
+            stem(image())
+    assert len(folds) == 1
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_the_cpu_backends_layout_is_made_once(norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from googlenet_fused.backends import cpu
+
+    made: list[object] = []
+    prepack = cpu._prepack
+    monkeypatch.setattr(cpu, "_prepack", lambda *args, **kwargs: made.append(args) or prepack(*args, **kwargs))
+    fused = cases.fused_inception(cases.TINY, norm, backend="cpu")
+    with torch.no_grad():
+        for batch in (1, 2, 3):
+            fused(cases.random_input(cases.TINY, batch, 4 + batch, 5))
+    assert len(made) == 4
+
+
+def test_dtypes_do_not_drive_each_other_out(packs: list[object]) -> None:
+    fused, _ = pair()
+    for _ in range(3):
+        with torch.no_grad():
+            assert fused(image()).dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16):
+                assert fused(image()).dtype == torch.bfloat16
+    assert len(packs) == 2
+
+
+def test_packed_inside_inference_mode_and_used_outside() -> None:
+    fused, plain = pair()
+    with torch.inference_mode():
+        first = fused(image())
+    assert_follows(fused, plain)
+    fused.requires_grad_(False)
+    x = image().requires_grad_()
+    fused(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(fused(image()), first)
+
+
+def _optimizer_step(module: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    parameters = list(module.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    make(parameters).step()
+
+
+def _load(module: nn.Module, *, assign: bool) -> None:
+    state = cases.plain_inception(cases.TINY, seed=8).state_dict()
+    module.load_state_dict(state, assign=assign)
+
+
+def _replace_norm(module: nn.Module) -> None:
+    module.branch1.bn = cases.plain_inception(cases.TINY, seed=8).branch1.bn
+
+
+MODULE_CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "weight in place": torch.no_grad()(lambda m: m.branch3[1].conv.weight.mul_(2)),
+    "bias of a norm in place": torch.no_grad()(lambda m: m.branch2[0].bn.bias.add_(1)),
+    "running mean in place": lambda m: m.branch4[1].bn.running_mean.add_(1),
+    "running variance in place": lambda m: m.branch1.bn.running_var.mul_(4),
+    "eps": lambda m: setattr(m.branch1.bn, "eps", 3.0),
+    "init": lambda m: nn.init.normal_(m.branch3[0].conv.weight),
+    "inference_mode": torch.inference_mode()(lambda m: m.branch2[1].conv.weight.mul_(2)),
+    "load_state_dict": lambda m: _load(m, assign=False),
+    "load_state_dict with assign": lambda m: _load(m, assign=True),
+    "sgd": lambda m: _optimizer_step(m, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "sgd foreach": lambda m: _optimizer_step(m, lambda p: torch.optim.SGD(p, lr=0.1, foreach=True)),
+    "sgd fused": lambda m: _optimizer_step(m, lambda p: torch.optim.SGD(p, lr=0.1, fused=True)),
+    "adamw": lambda m: _optimizer_step(m, lambda p: torch.optim.AdamW(p, lr=0.1)),
+    "adamw fused": lambda m: _optimizer_step(m, lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
+    "parameter replaced": lambda m: setattr(m.branch2[0].conv, "weight", nn.Parameter(torch.randn(4, 5, 1, 1))),
+    "buffer replaced": lambda m: setattr(m.branch2[0].bn, "running_mean", torch.randn(4)),
+    "norm replaced": _replace_norm,
+    "convolution replaced": lambda m: setattr(m.branch4[1], "conv", nn.Conv2d(5, 5, 1, bias=False)),
+    "to another dtype": lambda m: m.double(),
+    "to another dtype and back": lambda m: m.bfloat16().float(),
+    ".data swapped": lambda m: setattr(m.branch3[0].conv.weight, "data", torch.randn(2, 5, 1, 1)),
+    "vector_to_parameters": lambda m: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(m.parameters()).detach() * 2, m.parameters()
+    ),
+    "a training forward": lambda m: (m.train()(image()), m.eval()),
+    "memory format": lambda m: m.to(memory_format=torch.channels_last).branch1.conv.weight.data.mul_(2),
+    "shared memory": lambda m: (m.share_memory(), m.get_parameter("branch1.conv.weight").detach().mul_(2)),
+}
+
+
+@pytest.mark.parametrize("change", MODULE_CHANGES)
+def test_a_module_follows(change: str) -> None:
+    fused, plain = pair()
+    with torch.no_grad():
+        before = plain(image())
+    assert_follows(fused, plain)
+    MODULE_CHANGES[change](plain)
+    assert_follows(fused, plain)
+    if change != "to another dtype":
+        with torch.no_grad():
+            assert (plain(image()) - before).abs().max() > 1e-3, "the change makes no difference"
+
+
+@pytest.mark.parametrize(
+    "change", ["weight in place", "load_state_dict", "sgd", "sgd fused", ".data swapped", "parameter replaced"]
+)
+def test_the_stem_follows(change: str) -> None:
+    plain = cases.plain_inception(cases.TINY)
+    names = {"weight in place": "branch3.1", ".data swapped": "branch3.0", "parameter replaced": "branch2.0"}
+    block = plain.get_submodule(names.get(change, "branch1"))
+    fused = FusedConv2d.from_module(block)
+    x = torch.randn(2, block.conv.in_channels, 5, 6)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), block(x), rtol=1e-4, atol=1e-4)
+        MODULE_CHANGES[change](plain)
+
+
+def test_a_write_that_cannot_be_seen_is_followed_after_repack_train_or_eval() -> None:
+    fused, plain = pair()
+    for refresh in (fused.repack, fused.train, fused.eval):
+        assert_follows(fused.eval(), plain)
+        plain.branch1.conv.weight.data.mul_(2)
+        refresh()
+        assert_follows(fused.eval(), plain)
+
+
+def test_statistics_adapted_through_the_fused_module_are_followed() -> None:
+    # Batch norm in training mode writes its statistics without a new version.
+    fused, plain = pair()
+    stem = FusedConv2d.from_module(plain.branch1)
+    norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
+    for _ in range(2):
+        for norm in norms:
+            norm.eval()
+        assert_follows(fused, plain)
+        assert_follows(stem, plain.branch1)
+        for norm in norms:
+            norm.train()
+        with torch.no_grad():
+            fused(image() + 2)
+            stem(image() - 2)
+
+
+def test_modules_that_share_a_weight_do_not_mix_up() -> None:
+    first, second = cases.plain_inception(cases.TINY, seed=1), cases.plain_inception(cases.TINY, seed=2)
+    second.branch1.conv.weight = first.branch1.conv.weight
+    fused = [FusedInception.from_module(first), FusedInception.from_module(second)]
+    for _ in range(2):
+        assert_follows(fused[0], first)
+        assert_follows(fused[1], second)
+    with torch.no_grad():
+        first.branch1.conv.weight.mul_(2)
+    assert_follows(fused[1], second)
+    assert_follows(fused[0], first)
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_module_is_not_kept_alive(grad: bool, channels_last: bool, norm: str | None) -> None:
+    fused, plain = pair(norm)
+    if channels_last:
+        plain.to(memory_format=torch.channels_last)
+    stem = FusedConv2d.from_module(plain.branch1)
+    with torch.set_grad_enabled(grad):
+        fused(image()), stem(image())
+    alive = [weakref.ref(tensor) for tensor in (*plain.parameters(), *plain.buffers())]
+    del fused, plain, stem
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_parameters_made_in_inference_mode(packs: list[object], warnings_of_inference_tensors: Callable[[], int]) -> None:
+    with torch.inference_mode():
+        fused, plain = pair()
+        for factor in (1, 2, 3):
+            plain.branch1.conv.weight.mul_(factor)
+            torch.testing.assert_close(fused(image()), plain(image()), rtol=1e-4, atol=1e-4)
+    assert len(packs) == 3
+    assert warnings_of_inference_tensors() == 1
+
+
+def test_a_fake_mode_leaves_a_real_module_alone() -> None:
+    fused, plain = pair()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert fused(mode.from_tensor(image())).shape == (2, cases.TINY.out_channels, 5, 6)
+    assert type(fused(image())) is Tensor
+    assert_follows(fused, plain)
+
+
+def test_threads() -> None:
+    plain = cases.plain_inception(cases.TINY)
+    fused = FusedInception.from_module(plain)
+    with torch.no_grad():
+        expected = plain(image())
+    start = threading.Barrier(4)
+
+    def work(_: int) -> None:
+        start.wait()
+        with torch.no_grad():
+            for i in range(30):
+                own = cases.fused_inception(cases.TINY, None if i % 2 else "batch")
+                own(image())
+                fused.repack()
+                torch.testing.assert_close(fused(image()), expected, rtol=1e-4, atol=1e-4)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
