@@ -121,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet the weights are for (default: %(default)s)"
     )
+    classify.add_argument(
+        "--transform-input",
+        action="store_true",
+        help="the weights expect input in [-1, 1], as the published ones do (known of the published file itself)",
+    )
     classify.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
     classify.add_argument(
         "--top", type=_positive, default=5, metavar="N", help="how many classes to name (default: %(default)s)"
@@ -244,6 +249,8 @@ def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, str, Sequence
     from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
 
     source, variant = arguments.weights, arguments.variant
+    if arguments.transform_input and variant != "torchvision":
+        raise UsageError(f"argument --transform-input: belongs to --variant torchvision, not {variant}")
     labels: Sequence[str] | None = None
     if source == "random":
         print(
@@ -267,10 +274,28 @@ def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, str, Sequence
             hint = "; or run the untrained demonstration net with --weights random" if source == "default" else ""
             raise CommandError(f"{error}{hint}") from error
         weights, labels = str(loaded.path), GoogLeNet_Weights.DEFAULT.meta["categories"]
+        if arguments.transform_input:
+            plain.transform_input = True
+        if loaded.published is None:
+            _warn_of_unknown_weights(weights, variant, plain.transform_input)
     try:
         return fuse(plain.eval(), backend=arguments.backend), weights, labels
     except (BackendError, FusionMismatch) as error:
         raise CommandError(str(error)) from error
+
+
+def _warn_of_unknown_weights(weights: str, variant: str, transform_input: bool) -> None:
+    """Say what had to be assumed of weights that are not the published file, where a wrong assumption would go unseen."""
+    if variant == "bvlc":
+        assumed = "RGB input with ImageNet's mean and deviation, while Caffe's weights expect BGR, 0 to 255, less its own mean"
+    elif transform_input:
+        assumed = "input mapped to [-1, 1], as for the published weights (--transform-input)"
+    else:
+        assumed = "input with ImageNet's mean and deviation; for a conversion of the published weights give --transform-input"
+    print(
+        f"{PROG}: warning: {weights} is not the published file; assumed are ImageNet's classes and {assumed}",
+        file=sys.stderr,
+    )
 
 
 def _top(probabilities: Tensor, count: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def machine_description() -> dict[str, Any]:
         "physical_cores": physical_cores(),
         "usable_cpus": usable_cpus(),
         "threads": torch.get_num_threads(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "onednn": onednn_version(),
         "flags": flags,

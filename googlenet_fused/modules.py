@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from googlenet_fused.backends import registry
@@ -58,6 +59,8 @@ class FusedConv2d(BasicConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if _has_live_norm(self):
+            if not torch.compiler.is_compiling():
+                forget_packed([_conv_params(self)])
             return super().forward(x)
         stride, padding = self.conv.stride, self.conv.padding
         return conv2d_relu(x, _conv_params(self), stride=stride, padding=padding, backend=self.backend)  # type: ignore[arg-type]
@@ -151,6 +154,11 @@ class FusedInception(Inception):
         """Forget the packed weights. Needed only after a change that cannot be seen, as through ``weight.data``."""
         forget_packed([_conv_params(block) for block in _conv_blocks(self)])
 
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedInception:
+        # What Module.to, half, cuda and the like come down to: parameters keep their identity and version there.
+        self.repack()
+        return super()._apply(*args, **kwargs)
+
     def train(self, mode: bool = True) -> FusedInception:
         """As ``nn.Module.train``; weights are packed anew afterwards."""
         self.repack()
@@ -159,8 +167,10 @@ class FusedInception(Inception):
     def forward(self, x: Tensor) -> Tensor:
         blocks = _conv_blocks(self)
         if any(_has_live_norm(block) for block in blocks):
+            if not torch.compiler.is_compiling():
+                self.repack()  # live batch norm updates its statistics without a trace
             return super().forward(x)
-        return inception(x, [_conv_params(block) for block in blocks], backend=self.backend)
+        return inception(x, [_conv_params(block) for block in blocks], backend=self.backend, cache=not self.training)
 
     def extra_repr(self) -> str:
         return f"large_kernel={self.spec.large_kernel}, backend={self.backend!r}"

@@ -3,6 +3,9 @@
 ``inception`` takes a module's parameters as they are, batch norm included, keeps what it packs of them until one changes, and
 is differentiable. ``inception_packed`` takes weights that are packed already. ``conv2d_relu`` is one convolution with its batch
 norm and ReLU, for the stem. The last two are for inference.
+
+Forward-mode differentiation is refused. ``torch.func.jvp`` hands an operator tensors without their tangents, so there it is the
+functions and modules that refuse; an operator of ``torch.ops`` called directly cannot know, and its tangent is zero.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from googlenet_fused.packing import (
     BatchNormParams,
     ConvParams,
     PackedInception,
+    check_conv,
+    check_convs,
     fold_batch_norm,
     fold_batch_norm_backward,
     pack_inception,
@@ -32,7 +37,8 @@ aten = torch.ops.aten
 
 _library = torch.library.Library("googlenet_fused", "DEF")
 _library.define(
-    "inception(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float[] eps, str backend='auto') -> Tensor",
+    "inception(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float[] eps, str backend='auto', "
+    "bool cache=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -50,17 +56,18 @@ _packed: ParameterCache[PackedInception] = ParameterCache()
 _folded: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
 
 
-def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry.AUTO) -> Tensor:
+def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry.AUTO, cache: bool = False) -> Tensor:
     """One Inception module in evaluation mode, fused: four branches written into one concat buffer.
 
-    Differentiable in ``x``, the weights, the biases and the batch norms' weight and bias, twice. Weights are folded and packed
-    once and kept until a tensor of ``convs`` changes.
+    Differentiable in ``x``, the weights, the biases and the batch norms' weight and bias, twice.
 
     Args:
         x: ``[n, in_channels, h, w]``, any strides, h and w at least 1; float64, float32, bfloat16 or float16.
         convs: the six convolutions in the order of ``InceptionSpec.convs``, each a ``ConvParams`` or its first fields, such as
             ``(weight, bias)``. All of them have a bias or none has, and likewise for the batch norm.
         backend: a backend's name, or ``"auto"``.
+        cache: keep the folded and packed weights until a tensor of ``convs`` changes. A write through ``.data`` is a change
+            that cannot be seen, so the default is to pack in every call.
 
     Returns:
         ``[n, out_channels, h, w]`` in x's dtype, channels in the order of ``InceptionSpec.slices``; channels_last if x is.
@@ -76,10 +83,12 @@ def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry
     convs = [conv if isinstance(conv, ConvParams) else ConvParams(*conv) for conv in convs]
     if len(convs) != 6:
         raise ValueError(f"convs must hold the six convolutions of InceptionSpec.convs, got {len(convs)}")
+    # Here, since under torch.func.jvp the operator itself is handed tensors without their tangents.
+    _refuse_forward_ad(x, *(tensor for conv in convs for tensor in _tensors(conv)))
     x = _autocast_input(x, convs[0].weight.dtype)
     if torch.compiler.is_compiling() or _differentiates(x, convs):
-        return torch.ops.googlenet_fused.inception(x, *_flatten(convs), backend)
-    return torch.ops.googlenet_fused.inception_packed(x, *_pack_cached(convs, x.dtype), backend)
+        return torch.ops.googlenet_fused.inception(x, *_flatten(convs), backend, cache)
+    return torch.ops.googlenet_fused.inception_packed(x, *_pack(convs, x.dtype, cache), backend)
 
 
 def conv2d_relu(
@@ -94,6 +103,7 @@ def conv2d_relu(
         TypeError: x's dtype is not that of the weights, outside autocast.
         BackendError: the backend that was named cannot run this.
     """
+    _refuse_forward_ad(x, *_tensors(conv))
     x = _autocast_input(x, conv.weight.dtype).contiguous(memory_format=torch.channels_last)
     if _differentiates(x, [conv]):
         weight, bias = fold_batch_norm(conv, x.dtype)
@@ -109,8 +119,10 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
     Raises:
         TypeError: outside autocast, x's dtype is not ``weight_dtype``.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight_dtype:
         raise TypeError(
             f"x is {x.dtype} but the weights are {weight_dtype}: convert one with .to(), "
@@ -126,8 +138,6 @@ def forget_packed(convs: Sequence[ConvParams]) -> None:
 
 
 def _differentiates(x: Tensor, convs: Sequence[ConvParams]) -> bool:
-    if forward_ad.unpack_dual(x).tangent is not None:
-        return True
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or any(tensor.requires_grad for conv in convs for tensor in _tensors(conv))
@@ -160,7 +170,10 @@ def _unflatten(
     ]
 
 
-def _pack_cached(convs: Sequence[ConvParams], dtype: torch.dtype) -> PackedInception:
+def _pack(convs: Sequence[ConvParams], dtype: torch.dtype, cache: bool) -> PackedInception:
+    if not cache:
+        with torch.no_grad():
+            return pack_inception(convs, dtype)
     sources = [tensor for conv in convs for tensor in _tensors(conv)]
     eps = tuple(conv.eps for conv in convs)
     return _packed.get(sources, (dtype, eps), lambda: PackedInception(*_detach(pack_inception(convs, dtype))))
@@ -214,6 +227,8 @@ def _refuse_autograd(*tensors: Tensor) -> None:
 def _run(x: Tensor, packed: PackedInception, backend: str) -> Tensor:
     spec = packed.spec
     _check_input(x, spec, packed.shared_weight)
+    if x.dtype != packed.shared_weight.dtype:
+        raise TypeError(f"x is {x.dtype} but the packed weights are {packed.shared_weight.dtype}: convert one with .to()")
     chosen = registry.select(backend, registry.Problem(x.device, x.dtype, spec))
     out = _allocate(x, spec.out_channels, x.shape[2], x.shape[3])
     if out.numel():
@@ -228,9 +243,10 @@ def _inception(
     norms: Sequence[Tensor],
     eps: Sequence[float],
     backend: str = registry.AUTO,
+    cache: bool = False,
 ) -> Tensor:
     _refuse_forward_ad(x, *weights, *biases, *norms)
-    return _run(x, _pack_cached(_unflatten(weights, biases, norms, eps), x.dtype), backend)
+    return _run(x, _pack(_unflatten(weights, biases, norms, eps), x.dtype, cache), backend)
 
 
 def _inception_fake(
@@ -240,21 +256,25 @@ def _inception_fake(
     norms: Sequence[Tensor],
     eps: Sequence[float],
     backend: str = registry.AUTO,
+    cache: bool = False,
 ) -> Tensor:
-    _unflatten(weights, biases, norms, eps)
-    spec = spec_of_weights(weights)
+    spec = check_convs(_unflatten(weights, biases, norms, eps))
     _check_input(x, spec, weights[0])
     return _allocate(x, spec.out_channels, x.shape[2], x.shape[3])
 
 
 def _inception_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weights, biases, norms, eps, _ = inputs
+    x, weights, biases, norms, eps, *_ = inputs
     ctx.eps, ctx.counts = eps, (len(weights), len(biases), len(norms))
     ctx.save_for_backward(x, output, *weights, *biases, *norms)
 
 
 def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients by torch's own operators, so that they can be differentiated again. Bottlenecks and pool are recomputed."""
+    device = ctx.saved_tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # the dtypes are those of the forward pass
+            return _inception_backward(ctx, grad)
     x, output, *parameters = ctx.saved_tensors
     n_weights, n_biases, _ = ctx.counts
     convs = _unflatten(
@@ -288,6 +308,7 @@ def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         [tensor for conv in grads for tensor in conv.norm or ()],
         None,
         None,
+        None,
     )
     # The dispatcher drops a trailing argument that has its default value, and torch 2.11 wants no gradient for it then.
     return returned[: len(ctx.needs_input_grad)]
@@ -317,7 +338,7 @@ def _inception_packed(
         *(shared_weight, shared_bias, ch3x3_weight, ch3x3_bias),
         *(ch5x5_weight, ch5x5_bias, pool_proj_weight, pool_proj_bias),
     )
-    _refuse_forward_ad(x)
+    _refuse_forward_ad(x, *packed)
     _refuse_autograd(x, *packed)
     return _run(x, packed, backend)
 
@@ -338,7 +359,7 @@ def _conv2d_relu(
     padding: Sequence[int],
     backend: str = registry.AUTO,
 ) -> Tensor:
-    conv = ConvParams(weight, bias, BatchNormParams(*norm) if norm else None, eps)
+    conv = _conv_of(weight, bias, norm, eps)
     _refuse_forward_ad(x, *_tensors(conv))
     _refuse_autograd(x, *_tensors(conv))
     out = _conv2d_relu_fake(x, weight, bias, norm, eps, stride, padding)
@@ -347,6 +368,14 @@ def _conv2d_relu(
         folded = _folded.get(_tensors(conv), (x.dtype, eps), lambda: _detach(fold_batch_norm(conv, x.dtype)))
         chosen.conv2d_relu(x, folded[0], folded[1], stride, padding, out)
     return out
+
+
+def _conv_of(weight: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> ConvParams:
+    if weight.dim() != 4 or len(norm) not in (0, 4):
+        raise ValueError(f"expected a 4-D weight and 0 or 4 batch norm tensors, got {list(weight.shape)} and {len(norm)}")
+    conv = ConvParams(weight, bias, BatchNormParams(*norm) if norm else None, eps)
+    check_conv(conv, "the convolution's")
+    return conv
 
 
 def _conv2d_relu_fake(
@@ -359,6 +388,7 @@ def _conv2d_relu_fake(
     padding: Sequence[int],
     backend: str = registry.AUTO,
 ) -> Tensor:
+    _conv_of(weight, bias, norm, eps)
     channels, in_channels, *kernel = weight.shape
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x must be [n, {in_channels}, h, w] for a weight of shape {list(weight.shape)}, got {list(x.shape)}")

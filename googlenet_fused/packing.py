@@ -99,6 +99,31 @@ def spec_of_weights(weights: Sequence[Tensor]) -> InceptionSpec:
     return spec
 
 
+def check_convs(convs: Sequence[ConvParams]) -> InceptionSpec:
+    """The widths of the module that these six convolutions make up, after checking every shape.
+
+    Raises:
+        ValueError: a tensor does not fit, or only some of the convolutions have a bias or a batch norm.
+    """
+    spec = spec_of_weights([conv.weight for conv in convs])
+    for conv, shape in zip(convs, spec.convs, strict=True):
+        check_conv(conv, shape.name)
+    if len({(conv.bias is None, conv.norm is None) for conv in convs}) > 1:
+        raise ValueError("some of the convolutions have a bias or a batch norm and others have not")
+    return spec
+
+
+def check_conv(conv: ConvParams, name: str) -> None:
+    """Raise ValueError if the bias or a tensor of the batch norm does not hold one value an output channel."""
+    channels = int(conv.weight.shape[0])
+    tensors = {"bias": conv.bias} if conv.bias is not None else {}
+    if conv.norm is not None:
+        tensors |= {f"batch norm's {key}": tensor for key, tensor in conv.norm._asdict().items()}
+    for key, tensor in tensors.items():
+        if tuple(tensor.shape) != (channels,):
+            raise ValueError(f"{name} {key} has shape {list(tensor.shape)}, expected [{channels}]")
+
+
 def fold_batch_norm(conv: ConvParams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight ``[o, i, k, k]`` and bias ``[o]`` of the convolution that equals ``conv`` followed by its batch norm.
 
@@ -147,9 +172,9 @@ def pack_inception(convs: Sequence[ConvParams], dtype: torch.dtype) -> PackedInc
     """Fold, merge and lay out the six convolutions of a module, given in the order of ``InceptionSpec.convs``.
 
     Raises:
-        ValueError: the weights do not belong to one Inception module; names the first that does not fit.
+        ValueError: the tensors do not belong to one Inception module; names the first that does not fit.
     """
-    spec_of_weights([conv.weight for conv in convs])
+    check_convs(convs)
     folded = [fold_batch_norm(conv, dtype) for conv in convs]
     (w1, b1), (w3r, b3r), (w3, b3), (w5r, b5r), (w5, b5), (wp, bp) = folded
     weights = (torch.cat([w1, w3r, w5r]), w3, w5, wp)

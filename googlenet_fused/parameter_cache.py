@@ -10,16 +10,32 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger("googlenet_fused")
 
-Value = TypeVar("Value")
+Value = TypeVar("Value", bound=tuple[Tensor, ...])
+
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers write to parameters without moving their version counters.
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class _Entry(NamedTuple, Generic[Value]):
     sources: tuple[ReferenceType[Tensor], ...]
+    aliases: tuple[Tensor, ...]  # keep the memory, so that an address cannot come to mean another tensor's
     states: list[tuple[int, int]]
+    optimizer_steps: int
     value: Value
 
 
@@ -27,8 +43,9 @@ class ParameterCache(Generic[Value]):
     """Values built from tensors, kept for as long as none of those tensors is replaced, moved or written to.
 
     An entry lives as long as its first source tensor and is valid while every source is the same object with the same version
-    counter and storage address. In-place updates, ``load_state_dict``, ``optimizer.step`` and ``Module.to`` all change one of
-    these. A write through ``.data`` or ``.detach().numpy()`` changes neither and cannot be seen: ``forget`` serves that case.
+    counter and storage address and no optimizer of torch's has made a step. In-place updates, ``load_state_dict``, training
+    steps and ``Module.to`` all change one of these. A write through ``.data`` or ``.detach().numpy()`` changes none and cannot
+    be seen: ``forget`` serves that case.
     """
 
     def __init__(self) -> None:
@@ -43,14 +60,18 @@ class ParameterCache(Generic[Value]):
         if by_key is None:
             by_key = self._entries[sources[0]] = {}
         entry = by_key.get(key)
-        if entry is not None and entry.states == states:
+        if entry is not None and entry.optimizer_steps == _optimizer_steps and entry.states == states:
             for known, source in zip(entry.sources, sources, strict=True):
                 if known() is not source:
                     break
             else:
                 return entry.value
+        if entry is not None:
+            by_key.clear()  # what was built for other keys is stale too
         value = _build_detached(build)
-        by_key[key] = _Entry(tuple(ref(source) for source in sources), states, value)
+        if all(type(tensor) is Tensor for tensor in value):  # under a fake mode it is not
+            references, aliases = tuple(ref(source) for source in sources), tuple(source.detach() for source in sources)
+            by_key[key] = _Entry(references, aliases, states, _optimizer_steps, value)
         return value
 
     def forget(self, source: Tensor) -> None:
@@ -59,6 +80,8 @@ class ParameterCache(Generic[Value]):
 
     def _states(self, sources: Sequence[Tensor]) -> list[tuple[int, int]] | None:
         """Version and address of each source; None where a tensor has neither (inference, functorch and fake tensors)."""
+        if not all(type(source) in (Tensor, Parameter) for source in sources):
+            return None
         try:
             return [(source._version, source.data_ptr()) for source in sources]
         except RuntimeError:

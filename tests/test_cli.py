@@ -133,9 +133,22 @@ def test_classify_goes_on_after_a_bad_file(capsys: pytest.CaptureFixture[str], f
         probabilities = [place["probability"] for place in image["top"]]
         assert len(probabilities) == 5
         assert probabilities == sorted(probabilities, reverse=True)
-    lines = captured.err.splitlines()
-    assert len(lines) == 3
-    assert all(line.startswith("googlenet-fused: error: ") for line in lines)
+    warnings = [line for line in captured.err.splitlines() if line.startswith("googlenet-fused: warning: ")]
+    errors = [line for line in captured.err.splitlines() if line.startswith("googlenet-fused: error: ")]
+    assert len(errors) == 3
+    assert len(warnings) == 1
+    assert "is not the published file" in warnings[0]
+    assert len(captured.err.splitlines()) == 4
+
+
+def test_classify_transforms_the_input_when_told(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:
+    def probabilities(*options: str) -> list[float]:
+        main(["classify", str(folder / "chelsea.png"), "--weights", str(trained), "--json", *options])
+        return [place["probability"] for place in json.loads(capsys.readouterr().out)["images"][0]["top"]]
+
+    assert probabilities() != probabilities("--transform-input")
+    assert main(["classify", str(folder), "--weights", str(trained), "--variant", "bvlc", "--transform-input"]) == 2
+    assert "--transform-input: belongs to --variant torchvision" in capsys.readouterr().err
 
 
 def test_classify_names_classes_and_backends_agree(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:

@@ -1,4 +1,4 @@
-"""FusedInception and FusedConv2d as modules: torchvision's interface, training, following of parameters, copies, hooks, refusals."""
+"""FusedInception and FusedConv2d as modules: interface, training, changes of parameters, copies, hooks, refusals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import io
+import logging
 import pickle
 import threading
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +26,8 @@ from torchvision.models.googlenet import GoogLeNet as TorchvisionGoogLeNet
 from torchvision.models.googlenet import Inception as TorchvisionInception
 from torchvision.models.googlenet import InceptionAux as TorchvisionAux
 
-from googlenet_fused import CannotFuse, FusedInception, ops
-from googlenet_fused.backends import registry
+from googlenet_fused import CannotFuse, FusedInception, ops, parameter_cache
+from googlenet_fused.backends import cpu, registry
 from googlenet_fused.backends.registry import Problem
 from googlenet_fused.blocks import BasicConv2d, Inception, Norm
 from googlenet_fused.models import GoogLeNet
@@ -267,10 +269,10 @@ def test_training_is_the_plain_modules(spec: InceptionSpec, some_frozen: bool) -
 
 
 @every_backend
-@pytest.mark.parametrize("norm", ["frozen batch", None])
-def test_training_without_live_batch_norm_runs_fused(norm: str | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frozen_norm", ["batch", None])
+def test_training_without_live_batch_norm_runs_fused(frozen_norm: Norm, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(PRIMES, large_kernel=5)
-    plain, fused = plain_inception(spec, "batch" if norm else None), fused_inception(spec, "batch" if norm else None, backend=backend)
+    plain, fused = plain_inception(spec, frozen_norm), fused_inception(spec, frozen_norm, backend=backend)
     for module in (plain, fused):
         frozen(module, lambda name: True)
     monkeypatch.setattr(Inception, "forward", lambda *_: pytest.fail("FusedInception ran the plain sequence"))
@@ -349,6 +351,18 @@ def data_swap(module: FusedInception) -> None:
     module.branch4[1].conv.weight.data = module.branch4[1].conv.weight.detach() * 1.5
 
 
+def replaced_parameter_in_the_same_place(module: FusedInception) -> None:
+    """Another tensor with the old one's address and version."""
+    conv = module.branch3[1].conv
+    memory = conv.weight.data
+    memory.mul_(1.5)
+    while memory._version < conv.weight._version:
+        memory.add_(0)
+    state = conv.weight._version, conv.weight.data_ptr()
+    conv.weight = nn.Parameter(memory)
+    assert (conv.weight._version, conv.weight.data_ptr()) == state
+
+
 def statistics_in_place(module: FusedInception) -> None:
     module.branch1.bn.running_var.mul_(2)
 
@@ -362,7 +376,7 @@ def parameters_to_vector(module: FusedInception) -> None:
     torch.nn.utils.vector_to_parameters(vector, module.parameters())
 
 
-CHANGES: dict[str, Callable[[FusedInception], object]] = {
+CHANGES: dict[str, Change] = {
     "in place": in_place,
     "in place under inference_mode": in_place_under_inference_mode,
     "one element": one_element,
@@ -375,6 +389,7 @@ CHANGES: dict[str, Callable[[FusedInception], object]] = {
     "load_state_dict, assign": partial(load, assign=True),
     "load one tensor": load_one_tensor,
     "replaced parameter": replaced_parameter,
+    "replaced parameter in the same place": replaced_parameter_in_the_same_place,
     "replaced buffer": replaced_buffer,
     "replaced block": replaced_block,
     "data swap": data_swap,
@@ -385,7 +400,10 @@ CHANGES: dict[str, Callable[[FusedInception], object]] = {
 }
 
 
-def assert_follows(module: FusedInception, change: Callable[[FusedInception], object], dtype: torch.dtype = torch.float32) -> None:
+Change = Callable[[FusedInception], object]
+
+
+def assert_follows(module: FusedInception, change: Change, dtype: torch.dtype = torch.float32) -> None:
     """Run, change, run: the second result is that of a copy which never ran before the change."""
     before_x, x = random_input(module.spec, 2, 4, 5), random_input(module.spec, 2, 4, 5, dtype)
     with torch.no_grad():
@@ -402,7 +420,7 @@ def assert_follows(module: FusedInception, change: Callable[[FusedInception], ob
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @every_backend
-def test_changes_of_parameters_are_followed(backend: str, change: Callable[[FusedInception], object]) -> None:
+def test_changes_of_parameters_are_followed(backend: str, change: Change) -> None:
     assert_follows(fused_inception(replace(PRIMES, large_kernel=5), backend=backend), change)
 
 
@@ -433,7 +451,10 @@ def test_training_without_norm_follows_every_step(
         assert_same(module(x), copy.deepcopy(module)(x))
 
 
-@pytest.mark.parametrize("change", ["in place", "SGD", "Adam, fused", "load_state_dict", "load_state_dict, assign", "replaced parameter", "data swap"])
+@pytest.mark.parametrize(
+    "change",
+    ["in place", "SGD", "Adam, fused", "load_state_dict", "load_state_dict, assign", "replaced parameter", "data swap"],
+)
 @every_backend
 def test_changes_of_parameters_are_followed_without_norm(backend: str, change: str) -> None:
     assert_follows(fused_inception(PRIMES, norm=None, backend=backend), CHANGES[change])
@@ -535,6 +556,42 @@ def test_parameters_are_freed_with_the_module(norm: Norm, backend: str) -> None:
         del module
         gc.collect()
         assert [name for name, parameter in alive.items() if parameter() is not None] == []
+
+
+@every_backend
+@both_norms
+def test_weights_packed_under_inference_mode_are_kept(
+    norm: Norm, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[str] = []
+    for owner, name in ((ops, "pack_inception"), (cpu, "_prepack")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, _f=original, _n=name, **kwargs: (made.append(_n), _f(*args, **kwargs))[1]
+        )
+    module, x = fused_inception(PRIMES, norm, backend=backend), random_input(PRIMES, 2, 4, 5)
+    with torch.inference_mode():
+        module(x)
+    once = list(made)
+    assert once.count("pack_inception") == 1
+    assert (backend == "cpu") == ("_prepack" in once)
+    with torch.inference_mode():
+        expected = module(x)
+    with torch.no_grad():
+        assert_same(module(x), expected)
+    assert made == once
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@every_backend
+def test_parameters_made_under_inference_mode_are_warned_of_once(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    parameter_cache._warn_of_inference_tensors.cache_clear()
+    with torch.inference_mode():
+        module, x = fused_inception(TINY, backend=backend), random_input(TINY, 2, 4, 5)
+        for _ in range(2):
+            module(x)
+    (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "created under torch.inference_mode()" in record.getMessage()
 
 
 # Copies and files.
@@ -768,7 +825,7 @@ def test_hooks_on_the_block_fire(before: bool) -> None:
     module.register_forward_hook(negate)
     module.register_forward_hook(lambda *_: fired["always"].append(None), always_call=True)
     module.register_full_backward_pre_hook(lambda *_: fired["backward_pre"].append(None))
-    module.register_full_backward_hook(lambda _, grad_in, grad_out: fired["backward"].append((grad_in[0].shape, grad_out[0].shape)))
+    module.register_full_backward_hook(lambda _, into, out_of: fired["backward"].append((into[0].shape, out_of[0].shape)))
     fused = FusedInception.from_module(plain) if before else module
 
     out = fused(x.requires_grad_())
@@ -870,8 +927,10 @@ def own_forward(path: str) -> Callable[[nn.Module], None]:
     return lambda block: setattr(block.get_submodule(path), "forward", block.get_submodule(path).forward)
 
 
-def conv(out_channels: int, in_channels: int, kernel: int | tuple[int, int], padding: int | tuple[int, int], **options: object) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=False, **options)  # type: ignore[arg-type]
+def conv(out_channels: int, in_channels: int, kernel: int | tuple[int, int], **options: Any) -> nn.Conv2d:
+    """Without bias, padded to keep height and width."""
+    padding = kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
+    return nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=False, **options)
 
 
 def sync_batch_norm(block: nn.Module) -> None:
@@ -902,12 +961,18 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     # PRIMES: 13 channels in, ch3x3 17 of 11, ch5x5 5 of 3, pool_proj 19.
     "dilation": (set_on("branch2.1.conv", dilation=(2, 2), padding=(2, 2)), f"branch2.1: {NOT_PLAIN}: Conv2d"),
     "groups": (put("branch2.1.conv", lambda _: nn.Conv2d(11, 11, 3, padding=1, groups=11)), f"branch2.1: {NOT_PLAIN}"),
-    "padding mode": (put("branch3.1.conv", lambda _: conv(5, 3, 3, 1, padding_mode="circular")), f"branch3.1: {NOT_PLAIN}"),
+    "padding mode": (put("branch3.1.conv", lambda _: conv(5, 3, 3, padding_mode="circular")), f"branch3.1: {NOT_PLAIN}"),
     "padding in words": (put("branch3.1.conv", lambda _: nn.Conv2d(3, 5, 3, padding="same")), f"branch3.1: {NOT_PLAIN}"),
     "padding": (set_on("branch2.1.conv", padding=(0, 0)), r"branch2.1 has stride \(1, 1\) and padding \(0, 0\), not 1 and 1"),
-    "padding of a 1x1": (set_on("branch4.1.conv", padding=(1, 1)), r"branch4.1 has stride \(1, 1\) and padding \(1, 1\), not 1 and 0"),
+    "padding of a 1x1": (
+        set_on("branch4.1.conv", padding=(1, 1)),
+        r"branch4.1 has stride \(1, 1\) and padding \(1, 1\), not 1 and 0",
+    ),
     "stride": (set_on("branch1.conv", stride=(2, 2)), r"branch1 has stride \(2, 2\) and padding \(0, 0\), not 1 and 0"),
-    "other convolution": (put("branch1.conv", lambda _: nn.ConvTranspose2d(13, 7, 1)), "branch1: its convolution is a ConvTranspose2d"),
+    "other convolution": (
+        put("branch1.conv", lambda _: nn.ConvTranspose2d(13, 7, 1)),
+        "branch1: its convolution is a ConvTranspose2d",
+    ),
     "SyncBatchNorm": (sync_batch_norm, "branch1: its norm is a SyncBatchNorm, not an nn.BatchNorm2d"),
     "GroupNorm": (put("branch3.0.bn", lambda _: nn.GroupNorm(1, 3)), "branch3.0: its norm is a GroupNorm"),
     "subclass of the norm": (of_class("branch3.0.bn", OwnBatchNorm), "branch3.0: its norm is a OwnBatchNorm"),
@@ -919,7 +984,10 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         put("branch2.1.bn", lambda _: nn.BatchNorm2d(17, affine=False)),
         "branch2.1: its batch norm has no running statistics or no weight and bias",
     ),
-    "forward hook on a block": (hook("branch4.1", "register_forward_hook"), "branch4.1: the block has hooks, which would not fire"),
+    "forward hook on a block": (
+        hook("branch4.1", "register_forward_hook"),
+        "branch4.1: the block has hooks, which would not fire",
+    ),
     "pre-hook on a block": (hook("branch1", "register_forward_pre_hook"), "branch1: the block has hooks"),
     "hook on a convolution": (hook("branch2.0.conv", "register_forward_hook"), "branch2.0: its convolution has hooks"),
     "backward hook": (hook("branch2.0.conv", "register_full_backward_hook"), "branch2.0: its convolution has hooks"),
@@ -933,13 +1001,19 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "own forward of a block": (own_forward("branch1"), "branch1: the block has a forward of its own on the instance"),
     "own forward of a convolution": (own_forward("branch2.1.conv"), "branch2.1: its convolution has a forward of its own"),
     "own forward of a norm": (own_forward("branch3.0.bn"), "branch3.0: its batch norm has a forward of its own"),
-    "subclass": (of_class("", OwnInception), "OwnInception is not an Inception module of torchvision's or googlenet_fused's GoogLeNet"),
+    "subclass": (
+        of_class("", OwnInception),
+        "OwnInception is not an Inception module of torchvision's or googlenet_fused's GoogLeNet",
+    ),
     "subclass of a block": (of_class("branch3.0", OwnConv), "branch3.0: OwnConv is not a BasicConv2d"),
     "weight_norm": (
         lambda block: parametrizations.weight_norm(block.branch2[1].conv),
         "branch2.1: its convolution is a ParametrizedConv2d, not an nn.Conv2d",
     ),
-    "spectral_norm": (lambda block: parametrizations.spectral_norm(block.branch1.conv), "branch1: its convolution is a Parametrized"),
+    "spectral_norm": (
+        lambda block: parametrizations.spectral_norm(block.branch1.conv),
+        "branch1: its convolution is a Parametrized",
+    ),
     "pruning": (lambda block: prune.l1_unstructured(block.branch1.conv, "weight", 0.5), "branch1: its convolution has hooks"),
     "average pool": (put("branch4.0", lambda _: nn.AvgPool2d(3, 1, 1)), POOL),
     "pool's kernel": (put("branch4.0", lambda _: nn.MaxPool2d(5, 1, 2)), POOL),
@@ -952,11 +1026,17 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "one block": (put("branch4", lambda old: nn.Sequential(old[1])), "branch4 is not a sequence of two blocks"),
     "no block": (put("branch1", lambda _: nn.Identity()), "branch1: Identity is not a BasicConv2d"),
     "mixed dtypes": (lambda block: block.branch3.double(), "its convolutions differ in dtype"),
-    "7x7": (put("branch3.1.conv", lambda _: conv(5, 3, 7, 3)), "InceptionSpec: large_kernel must be 3 or 5, got 7"),
-    "1x1 in the third branch": (put("branch3.1.conv", lambda _: conv(5, 3, 1, 0)), "InceptionSpec: large_kernel must be 3 or 5, got 1"),
-    "5x5 in the second branch": (put("branch2.1.conv", lambda _: conv(17, 11, 5, 2)), r"ch3x3 weight has shape \[17, 11, 5, 5\]"),
-    "3x5": (put("branch3.1.conv", lambda _: conv(5, 3, (3, 5), (1, 2))), r"ch5x5 weight has shape \[5, 3, 3, 5\]"),
-    "widths": (put("branch2.0.conv", lambda _: conv(10, 13, 1, 0)), r"ch3x3 weight has shape \[17, 11, 3, 3\], expected \[17, 10, 3, 3\]"),
+    "7x7": (put("branch3.1.conv", lambda _: conv(5, 3, 7)), "InceptionSpec: large_kernel must be 3 or 5, got 7"),
+    "1x1 in the third branch": (
+        put("branch3.1.conv", lambda _: conv(5, 3, 1)),
+        "InceptionSpec: large_kernel must be 3 or 5, got 1",
+    ),
+    "5x5 in the second branch": (put("branch2.1.conv", lambda _: conv(17, 11, 5)), r"ch3x3 weight has shape \[17, 11, 5, 5\]"),
+    "3x5": (put("branch3.1.conv", lambda _: conv(5, 3, (3, 5))), r"ch5x5 weight has shape \[5, 3, 3, 5\]"),
+    "widths": (
+        put("branch2.0.conv", lambda _: conv(10, 13, 1)),
+        r"ch3x3 weight has shape \[17, 11, 3, 3\], expected \[17, 10, 3, 3\]",
+    ),
     "bias here and there": (put("branch1.conv", lambda _: nn.Conv2d(13, 7, 1)), "some of its convolutions have a bias"),
     "norm here and there": (
         put("branch4.1", lambda _: BasicConv2d(13, 19, norm=None, kernel_size=1)),
@@ -974,8 +1054,9 @@ def test_refusals_name_the_part(host: str, spoil: Callable[[nn.Module], object],
         FusedInception.from_module(plain)
 
 
-@pytest.mark.parametrize("module", [nn.Identity(), BasicConv2d(1, 1, kernel_size=1), nn.Sequential()], ids=lambda m: type(m).__name__)
-def test_other_modules_are_refused(module: nn.Module) -> None:
+@pytest.mark.parametrize("cls", [nn.Identity, nn.Sequential, partial(BasicConv2d, 1, 1, kernel_size=1)])
+def test_other_modules_are_refused(cls: Callable[[], nn.Module]) -> None:
+    module = cls()
     with pytest.raises(CannotFuse, match=f"{type(module).__name__} is not an Inception module of torchvision's"):
         FusedInception.from_module(module)
 

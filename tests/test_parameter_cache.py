@@ -390,7 +390,6 @@ MODULE_CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "vector_to_parameters": lambda m: nn.utils.vector_to_parameters(
         nn.utils.parameters_to_vector(m.parameters()).detach() * 2, m.parameters()
     ),
-    "a training forward": lambda m: (m.train()(image()), m.eval()),
     "memory format": lambda m: m.to(memory_format=torch.channels_last).branch1.conv.weight.data.mul_(2),
     "shared memory": lambda m: (m.share_memory(), m.get_parameter("branch1.conv.weight").detach().mul_(2)),
 }
