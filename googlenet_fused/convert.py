@@ -115,7 +115,7 @@ def fuse(
         kind = block_kind(module)
         if kind is None:
             return None
-        plain = module.to_plain() if isinstance(module, FusedInception | FusedConv2d) else module
+        plain = module.to_plain() if type(module) in _FUSED_CLASSES.values() else module  # type: ignore[operator]
         fused, report = _fuse_block(plain, name, kind, filter_fn, backend, on_mismatch)
         reports.append(report)
         return fused
@@ -139,7 +139,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
     def unfuse_block(module: nn.Module, name: str) -> nn.Module | None:
-        return module.to_plain() if isinstance(module, FusedInception | FusedConv2d) else None
+        return module.to_plain() if type(module) in _FUSED_CLASSES.values() else None  # type: ignore[operator]
 
     with torch.inference_mode(False):
         model = _replace(copy.deepcopy(model), unfuse_block)
@@ -196,5 +196,6 @@ def _check_block(plain: nn.Module, kind: BlockKind, backend: str, weight: Tensor
     clear_hooks(plain)
     fused = _FUSED_CLASSES[kind].from_module(plain, backend=backend)
     in_channels = next(module for module in plain.modules() if isinstance(module, nn.Conv2d)).in_channels
-    x = torch.randn(1, in_channels, *_CHECK_SIDES, generator=torch.Generator().manual_seed(_CHECK_SEED))
+    generator = torch.Generator("cpu").manual_seed(_CHECK_SEED)
+    x = torch.randn(1, in_channels, *_CHECK_SIDES, generator=generator, device="cpu", dtype=torch.float32)
     return judge(fused, plain, x.to(weight))

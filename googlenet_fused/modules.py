@@ -42,14 +42,15 @@ class FusedConv2d(BasicConv2d):
         registry.check_name(backend)
         _check_conv_block(block)
         fused = cls.__new__(cls)
-        _adopt(fused, block, ("conv", "bn"))
+        _adopt(fused, block)
         fused.backend, fused.plain_class = backend, type(block)
         return fused
 
     def to_plain(self) -> nn.Module:
         """The plain block of the class this one was made from, sharing its parameters."""
         plain = self.plain_class.__new__(self.plain_class)
-        _adopt(plain, self, ("conv", "bn"))
+        _adopt(plain, self)
+        del plain.backend, plain.plain_class
         return plain
 
     def train(self, mode: bool = True) -> FusedConv2d:
@@ -135,14 +136,15 @@ class FusedInception(Inception):
             )
         read_inception(block)
         fused = cls.__new__(cls)
-        _adopt(fused, block, ("branch1", "branch2", "branch3", "branch4"))
+        _adopt(fused, block)
         fused.backend, fused.plain_class = backend, type(block)
         return fused
 
     def to_plain(self) -> nn.Module:
         """The plain module of the class this one was made from, sharing its parameters."""
         plain = self.plain_class.__new__(self.plain_class)
-        _adopt(plain, self, ("branch1", "branch2", "branch3", "branch4"))
+        _adopt(plain, self)
+        del plain.backend, plain.plain_class
         return plain
 
     @property
@@ -199,8 +201,8 @@ def read_inception(block: nn.Module) -> InceptionSpec:
             raise CannotFuse(f"{name} is not a sequence of two blocks")
     pool: Any = block.branch4[0]  # type: ignore[index]
     _check_untouched(pool, "branch4.0")
-    geometry = [getattr(pool, field, None) for field in ("kernel_size", "stride", "padding", "dilation", "return_indices")]
-    if type(pool) is not nn.MaxPool2d or geometry not in ([3, 1, 1, 1, False], [(3, 3), (1, 1), (1, 1), (1, 1), False]):
+    geometry = [_pair(getattr(pool, field, None)) for field in ("kernel_size", "stride", "padding", "dilation")]
+    if type(pool) is not nn.MaxPool2d or geometry != [(3, 3), (1, 1), (1, 1), (1, 1)] or pool.return_indices:
         raise CannotFuse(f"branch4.0 is {pool}, not a max pool of kernel 3, stride 1 and padding 1")
     names = ("branch1", "branch2.0", "branch2.1", "branch3.0", "branch3.1", "branch4.1")
     blocks = _conv_blocks(block)
@@ -252,15 +254,15 @@ def _check_untouched(module: nn.Module, what: str) -> None:
         raise CannotFuse(f"{what} has hooks, which would not fire")
 
 
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
 def clear_hooks(module: nn.Module) -> None:
     """Remove the hooks on ``module`` itself."""
-    for hooks in _hooks(module).values():
-        hooks.clear()
-
-
-def _hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
-    """The hook registries of ``module``, by attribute name."""
-    return {name: value for name, value in vars(module).items() if name.endswith("_hooks") or "_hooks_" in name}
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") or "_hooks_" in name:
+            value.clear()
 
 
 def _qualified(cls: type) -> tuple[str, str]:
@@ -268,13 +270,14 @@ def _qualified(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
 
 
-def _adopt(target: nn.Module, source: nn.Module, children: tuple[str, ...]) -> None:
-    """Make ``target`` a module with ``source``'s children and hooks, running no constructor (one would draw random numbers)."""
-    nn.Module.__init__(target)
-    vars(target).update(_hooks(source))
-    for name in children:
-        target.register_module(name, getattr(source, name))
-    target.training = source.training
+def _adopt(target: nn.Module, source: nn.Module) -> None:
+    """Make ``target`` a module with all that ``source`` holds, without a constructor (which would draw random numbers).
+
+    Children, parameters and buffers, hooks and other attributes are the same objects, in registries of the target's own.
+    """
+    for name, value in vars(source).items():
+        registry_of_module = name.startswith("_") and isinstance(value, dict | set)
+        vars(target)[name] = value.copy() if registry_of_module else value
 
 
 # The functions below run in every call, so they read the registries of nn.Module directly: its __getattr__ costs ten times as

@@ -21,12 +21,12 @@ def randomize_(model: Model, seed: int = 0) -> Model:
     running variance uniform in [0.5, 1.5], bias and running mean normal with deviation 0.1. The same seed gives the same values
     on every device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def fill(tensor: Tensor | None, kind: str, deviation: float = 0.1) -> None:
         if tensor is None:
             return
-        drawn = torch.empty(tensor.shape)
+        drawn = torch.empty(tensor.shape, device="cpu", dtype=torch.float32)
         if kind == "uniform":
             drawn.uniform_(0.5, 1.5, generator=generator)
         else:

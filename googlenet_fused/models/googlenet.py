@@ -69,6 +69,15 @@ class GoogLeNetOutputs(NamedTuple):
     aux_logits1: Tensor | None
 
 
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """torch's, also for half precisions on a CPU, where torch has no kernel for them: the norm is computed in fp32 there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
 class InceptionAux(nn.Module):
     """Auxiliary classifier, used in training only: ``[n, in_channels, h, w] -> [n, num_classes]`` (the paper, section 5).
 
@@ -178,7 +187,7 @@ class GoogLeNet(nn.Module):
 
         def local_response_norm() -> nn.Module:
             # The paper gives no parameters; these are BVLC's. torch divides alpha by the size, as Caffe does.
-            return nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if form.local_response_norm else nn.Identity()
+            return LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if form.local_response_norm else nn.Identity()
 
         def inception(name: str) -> nn.Module:
             spec = GOOGLENET_SPECS[name]
