@@ -11,6 +11,7 @@ functions and modules that refuse; an operator of ``torch.ops`` called directly 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache as cached
 from typing import Any
 
 import torch
@@ -87,8 +88,8 @@ def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry
     _refuse_forward_ad(x, *(tensor for conv in convs for tensor in _tensors(conv)))
     x = _autocast_input(x, convs[0].weight.dtype)
     if torch.compiler.is_compiling() or _differentiates(x, convs):
-        return torch.ops.googlenet_fused.inception(x, *_flatten(convs), backend, cache)
-    return torch.ops.googlenet_fused.inception_packed(x, *_pack(convs, x.dtype, cache), backend)
+        return torch.ops.googlenet_fused.inception.default(x, *_flatten(convs), backend, cache)
+    return torch.ops.googlenet_fused.inception_packed.default(x, *_pack(convs, x.dtype, cache), backend)
 
 
 def conv2d_relu(
@@ -108,7 +109,7 @@ def conv2d_relu(
     if _differentiates(x, [conv]):
         weight, bias = fold_batch_norm(conv, x.dtype)
         return F.conv2d(x, weight, bias, stride, padding).relu()
-    return torch.ops.googlenet_fused.conv2d_relu(
+    return torch.ops.googlenet_fused.conv2d_relu.default(
         x, conv.weight, conv.bias, list(conv.norm or ()), conv.eps, stride, padding, backend
     )
 
@@ -120,8 +121,7 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
         TypeError: outside autocast, x's dtype is not ``weight_dtype``.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+    if _knows_autocast(device) and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight_dtype:
         raise TypeError(
@@ -129,6 +129,11 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
             f"or run under torch.autocast({x.device.type!r})"
         )
     return x
+
+
+@cached
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def forget_packed(convs: Sequence[ConvParams]) -> None:
@@ -208,6 +213,9 @@ def _allocate(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def _refuse_forward_ad(*tensors: Tensor) -> None:
+    # The level is negative outside forward-mode differentiation, nearly always; asking 30 tensors costs 10 us.
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "forward-mode differentiation (jvp) of the fused Inception module is not implemented: differentiate the plain "
@@ -272,7 +280,7 @@ def _inception_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients by torch's own operators, so that they can be differentiated again. Bottlenecks and pool are recomputed."""
     device = ctx.saved_tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _knows_autocast(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # the dtypes are those of the forward pass
             return _inception_backward(ctx, grad)
     x, output, *parameters = ctx.saved_tensors

@@ -56,12 +56,15 @@ class PackedInception(NamedTuple):
         Raises:
             ValueError: the shapes do not belong to one Inception module.
         """
-        # int: under tracing a size may be symbolic; a weight's widths are not meant to vary.
-        return _spec_of_packed_shapes(*(tuple(map(int, tensor.shape)) for tensor in self))
+        shapes = [tensor.shape for tensor in self]
+        try:
+            return _spec_of_packed_shapes(*shapes)
+        except TypeError:  # under tracing a size may be symbolic, which has no hash; a weight's widths are not meant to vary
+            return _spec_of_packed_shapes(*(torch.Size(map(int, shape)) for shape in shapes))
 
 
 @lru_cache(maxsize=256)
-def _spec_of_packed_shapes(*shapes: tuple[int, ...]) -> InceptionSpec:
+def _spec_of_packed_shapes(*shapes: torch.Size) -> InceptionSpec:
     if [len(shape) for shape in shapes] != [4, 1] * 4:
         raise ValueError(
             f"packed weights must be 4-D and biases 1-D, got shapes {dict(zip(PackedInception._fields, shapes, strict=True))}"

@@ -31,6 +31,9 @@ def _count_optimizer_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+_FOLLOWED = {Tensor, Parameter}
+
+
 class _Entry(NamedTuple, Generic[Value]):
     sources: tuple[ReferenceType[Tensor], ...]
     aliases: tuple[Tensor, ...]  # keep the memory, so that an address cannot come to mean another tensor's
@@ -80,7 +83,7 @@ class ParameterCache(Generic[Value]):
 
     def _states(self, sources: Sequence[Tensor]) -> list[tuple[int, int]] | None:
         """Version and address of each source; None where a tensor has neither (inference, functorch and fake tensors)."""
-        if not all(type(source) in (Tensor, Parameter) for source in sources):
+        if not _FOLLOWED.issuperset(map(type, sources)):
             return None
         try:
             return [(source._version, source.data_ptr()) for source in sources]

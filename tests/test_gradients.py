@@ -439,11 +439,14 @@ def test_autocast(forward_inside: bool, backward_inside: bool) -> None:
 
 
 def train(
-    module: nn.Module, steps: int, update: Callable[[list[nn.Parameter]], None] | None = None
+    module: nn.Module,
+    steps: int,
+    update: Callable[[list[nn.Parameter]], None] | None = None,
+    optimizer_options: dict[str, bool] | None = None,
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Steps of SGD on seeded batches: the loss and the state after each."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, **optimizer_options or {})
     for step in range(steps):
         x = cases.random_input(cases.TINY, 3, 5, 6, torch.float64, seed=step)
         loss = (module(x) - cotangent(cases.TINY, x, seed=step)).square().mean()
@@ -456,9 +459,16 @@ def train(
         yield loss.item(), {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def check_training(fused: nn.Module, plain: nn.Module, update: Callable[[list[nn.Parameter]], None] | None = None) -> None:
+def check_training(
+    fused: nn.Module,
+    plain: nn.Module,
+    update: Callable[[list[nn.Parameter]], None] | None = None,
+    optimizer_options: dict[str, bool] | None = None,
+) -> None:
     states = [{name: tensor.clone() for name, tensor in plain.state_dict().items()}]
-    for (loss, state), (expected_loss, expected) in zip(train(fused, 4, update), train(plain, 4, update), strict=True):
+    for (loss, state), (expected_loss, expected) in zip(
+        train(fused, 4, update, optimizer_options), train(plain, 4, update), strict=True
+    ):
         assert loss == pytest.approx(expected_loss, rel=1e-11)
         torch.testing.assert_close(state, expected, **FP64_TOLERANCE)
         states.append(state)
@@ -475,6 +485,14 @@ def make_fused_and_plain(norm: str | None) -> tuple[FusedInception, Inception]:
 def test_training(norm: str | None, training: bool) -> None:
     fused, plain = make_fused_and_plain(norm)
     check_training(fused.train(training), plain.train(training))
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("training", [False, True])
+def test_training_with_other_implementations_of_the_optimizer(training: bool, options: dict[str, bool]) -> None:
+    # The fused one writes to the parameters without a new version.
+    fused, plain = make_fused_and_plain(None)
+    check_training(fused.train(training), plain.train(training), optimizer_options=options)
 
 
 @pytest.mark.parametrize("norm", ["batch", None])

@@ -123,7 +123,9 @@ def test_opcheck_inception(spec: InceptionSpec, layout: str) -> None:
 def test_opcheck_inception_parts(parts: str, requires_grad: bool) -> None:
     norm, bias = PARTS[parts]
     x = image().requires_grad_(requires_grad)
-    opcheck(ops.inception, (x, *arguments(norm=norm, bias=bias, requires_grad=requires_grad), "reference"))
+    parameters = arguments(norm=norm, bias=bias, requires_grad=requires_grad)
+    for backend_and_cache in ((), ("reference", True)):
+        opcheck(ops.inception, (x, *parameters, *backend_and_cache))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice_of_wider"])
@@ -344,14 +346,20 @@ FORWARD_MODE: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Tensor]]]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("mode", [_dual, _jvp, _jacfwd], ids=["dual_level", "jvp", "jacfwd"])
-@pytest.mark.parametrize("what", FORWARD_MODE)
-def test_forward_mode_is_refused(what: str, mode: Callable[..., Tensor | None]) -> None:
-    if mode is not _dual and what.startswith(("inception", "conv2d_relu")):
-        pytest.skip("torch.func hands an operator of torch.ops tensors without tangents: only the face can refuse")
+@pytest.mark.parametrize("mode", [_jvp, _jacfwd], ids=["jvp", "jacfwd"])
+@pytest.mark.parametrize("what", [what for what in FORWARD_MODE if what.startswith(("module", "frozen module", "face"))])
+def test_func_jvp_is_refused(what: str, mode: Callable[..., Tensor | None]) -> None:
+    # Only here: torch.func hands an operator that is called directly tensors without their tangents.
     run, tensor = FORWARD_MODE[what]()
     with pytest.raises(NotImplementedError, match=r"forward-mode differentiation|jvp"):
         mode(run, tensor)
+
+
+@pytest.mark.parametrize("what", FORWARD_MODE)
+def test_dual_tensors_are_refused(what: str) -> None:
+    run, tensor = FORWARD_MODE[what]()
+    with pytest.raises(NotImplementedError, match=r"forward-mode differentiation|jvp"):
+        _dual(run, tensor)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

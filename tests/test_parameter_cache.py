@@ -305,6 +305,32 @@ def test_a_frozen_module_is_packed_once_with_gradients_enabled(packs: list[objec
     assert len(packs) == 1
 
 
+def test_the_function_packs_in_every_call_unless_told(packs: list[object]) -> None:
+    weights = [parameter for name, parameter in pair(None)[1].named_parameters() if name.endswith("weight")]
+    convs = [ops.ConvParams(weight, torch.zeros(len(weight))) for weight in weights]
+    with torch.no_grad():
+        for _ in range(3):
+            before = ops.inception(image(), convs)
+        assert len(packs) == 3
+        for _ in range(3):
+            assert torch.equal(ops.inception(image(), convs, cache=True), before)
+        assert len(packs) == 4
+        weights[0].data.mul_(2)  # not to be seen
+        assert not torch.equal(ops.inception(image(), convs), before)
+        assert torch.equal(ops.inception(image(), convs, cache=True), before)
+
+
+def test_nothing_is_kept_in_training_mode(packs: list[object]) -> None:
+    fused, plain = pair(None)
+    fused.train()
+    for _ in range(3):
+        fused(image()).sum().backward()
+        for parameter in plain.parameters():
+            parameter.data.sub_(0.1 * parameter.grad)  # type: ignore[operator]
+        assert_follows(fused, plain)
+    assert len(packs) == 6
+
+
 def test_the_stem_is_folded_once(folds: list[object]) -> None:
     stem = FusedConv2d.from_module(cases.plain_inception(cases.TINY).branch1)
     with torch.no_grad():
@@ -409,7 +435,7 @@ def test_a_module_follows(change: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["weight in place", "load_state_dict", "sgd", "sgd fused", ".data swapped", "parameter replaced"]
+    "change", ["weight in place", "load_state_dict", "sgd", "sgd fused", ".data swapped", "parameter replaced", "eps"]
 )
 def test_the_stem_follows(change: str) -> None:
     plain = cases.plain_inception(cases.TINY)
@@ -434,19 +460,17 @@ def test_a_write_that_cannot_be_seen_is_followed_after_repack_train_or_eval() ->
 
 def test_statistics_adapted_through_the_fused_module_are_followed() -> None:
     # Batch norm in training mode writes its statistics without a new version.
-    fused, plain = pair()
-    stem = FusedConv2d.from_module(plain.branch1)
-    norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
-    for _ in range(2):
-        for norm in norms:
-            norm.eval()
-        assert_follows(fused, plain)
-        assert_follows(stem, plain.branch1)
-        for norm in norms:
-            norm.train()
-        with torch.no_grad():
-            fused(image() + 2)
-            stem(image() - 2)
+    plain = cases.plain_inception(cases.TINY)
+    for module, fused in ((plain, FusedInception.from_module(plain)), (plain.branch1, FusedConv2d.from_module(plain.branch1))):
+        norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+        for _ in range(2):
+            for norm in norms:
+                norm.eval()
+            assert_follows(fused, module)
+            for norm in norms:
+                norm.train()
+            with torch.no_grad():
+                fused(image() + 2)
 
 
 def test_modules_that_share_a_weight_do_not_mix_up() -> None:

@@ -90,7 +90,7 @@ def _prepack(
 def _conv2d(
     x: Tensor, prepacked: Tensor, bias: Tensor, *, padding: Sequence[int] = _NO_PADDING, stride: Sequence[int] = _UNIT
 ) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(x, prepacked, bias, padding, stride, _UNIT, 1, "none", [], None)
+    return torch.ops.mkldnn._convolution_pointwise.default(x, prepacked, bias, padding, stride, _UNIT, 1, "none", [], None)
 
 
 @cache
