@@ -24,8 +24,9 @@ class CannotFuse(ValueError):
 class FusedConv2d(BasicConv2d):
     """Convolution, batch norm and ReLU as one operator in evaluation mode, with a channels_last result.
 
-    ``[n, in_channels, h, w] -> [n, out_channels, h', w']``. In training mode, or where gradients are wanted, it runs the plain
-    sequence. Made by ``from_module``, which ``fuse`` calls for the stem and the auxiliary heads.
+    ``[n, in_channels, h, w] -> [n, out_channels, h', w']``. In training mode it runs the plain sequence; where gradients are
+    wanted, torch's convolution with the batch norm folded in each call. Made by ``from_module``, which ``fuse`` calls for the
+    stem and the auxiliary heads.
     """
 
     backend: str
@@ -84,8 +85,8 @@ class FusedInception(Inception):
     Args:
         in_channels, ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj: the widths, any positive integers.
         conv_block: torchvision's or this package's ``BasicConv2d``; another kind cannot be fused.
-        large_kernel: kernel size of ``branch3``: 3 as in torchvision (the default, as this class takes its place), or the
-        paper's 5. norm: ``"batch"``, or None for convolutions with bias, as in the paper.
+        large_kernel: kernel size of ``branch3``: 3 as in torchvision (the default), or 5 as in the paper.
+        norm: ``"batch"``, or None for convolutions with bias, as in the paper.
         backend: a backend's name, or ``"auto"``, which also obeys ``use_backend``.
 
     Raises:

@@ -11,7 +11,6 @@ functions and modules that refuse; an operator of ``torch.ops`` called directly 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache as cached
 from typing import Any
 
 import torch
@@ -107,6 +106,7 @@ def conv2d_relu(
     _refuse_forward_ad(x, *_tensors(conv))
     x = _autocast_input(x, conv.weight.dtype).contiguous(memory_format=torch.channels_last)
     if _differentiates(x, [conv]):
+        registry.select(backend, registry.Problem(x.device, x.dtype, None))  # raises where the named backend cannot run this
         weight, bias = fold_batch_norm(conv, x.dtype)
         return F.conv2d(x, weight, bias, stride, padding).relu()
     return torch.ops.googlenet_fused.conv2d_relu.default(
@@ -121,7 +121,7 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
         TypeError: outside autocast, x's dtype is not ``weight_dtype``.
     """
     device = x.device.type
-    if _knows_autocast(device) and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if _autocasts(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight_dtype:
         raise TypeError(
@@ -131,9 +131,8 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
     return x
 
 
-@cached
-def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
 
 
 def forget_packed(convs: Sequence[ConvParams]) -> None:
@@ -280,7 +279,7 @@ def _inception_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients by torch's own operators, so that they can be differentiated again. Bottlenecks and pool are recomputed."""
     device = ctx.saved_tensors[0].device.type
-    if _knows_autocast(device) and torch.is_autocast_enabled(device):
+    if _autocasts(device):
         with torch.autocast(device, enabled=False):  # the dtypes are those of the forward pass
             return _inception_backward(ctx, grad)
     x, output, *parameters = ctx.saved_tensors
@@ -353,6 +352,7 @@ def _inception_packed(
 
 def _inception_packed_fake(x: Tensor, *weights_and_backend: Any) -> Tensor:
     packed = PackedInception(*weights_and_backend[:8])
+    _refuse_autograd(x, *packed)
     _check_input(x, packed.spec, packed.shared_weight)
     return _allocate(x, packed.spec.out_channels, x.shape[2], x.shape[3])
 
@@ -396,7 +396,7 @@ def _conv2d_relu_fake(
     padding: Sequence[int],
     backend: str = registry.AUTO,
 ) -> Tensor:
-    _conv_of(weight, bias, norm, eps)
+    _refuse_autograd(x, *_tensors(_conv_of(weight, bias, norm, eps)))
     channels, in_channels, *kernel = weight.shape
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x must be [n, {in_channels}, h, w] for a weight of shape {list(weight.shape)}, got {list(x.shape)}")

@@ -79,7 +79,7 @@ def _spec_of_packed_shapes(*shapes: torch.Size) -> InceptionSpec:
     )
     for name, found, should_be in zip(PackedInception._fields, shapes, expected, strict=True):
         if found != should_be:
-            raise ValueError(f"{name} has shape {found}, expected {should_be} for {spec}")
+            raise ValueError(f"{name} has shape {list(found)}, expected {list(should_be)} for {spec}")
     return spec
 
 
