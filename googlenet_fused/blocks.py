@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class Inception(nn.Module):
 
     Raises:
         ValueError: a width, ``large_kernel`` or ``norm`` is out of range.
+        TypeError: ``conv_block`` cannot be called.
     """
 
     def __init__(
@@ -73,6 +75,11 @@ class Inception(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
+        if conv_block is not None and not callable(conv_block):
+            raise TypeError(
+                f"conv_block must be a class or function that makes a convolution block, got {conv_block!r}; "
+                f"for a spec's widths and kernel size, call {type(self).__name__}.from_spec(spec)"
+            )
         spec = InceptionSpec(in_channels, ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj, large_kernel)
         block = conv_block or conv_block_for(norm)
         c1, c3r, c3, c5r, c5, proj = (
@@ -83,6 +90,11 @@ class Inception(nn.Module):
         self.branch2 = nn.Sequential(c3r(), c3())
         self.branch3 = nn.Sequential(c5r(), c5())
         self.branch4 = nn.Sequential(nn.MaxPool2d(kernel_size=3, stride=1, padding=1, ceil_mode=True), proj())
+
+    @classmethod
+    def from_spec(cls, spec: InceptionSpec, **kwargs: Any) -> Self:
+        """A module of a spec's widths and kernel size; ``kwargs`` are the constructor's other arguments."""
+        return cls(**asdict(spec), **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)

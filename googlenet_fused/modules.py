@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from googlenet_fused import direct as direct_call
 from googlenet_fused.backends import registry
 from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm
+from googlenet_fused.direct import DirectCall, unobserved
 from googlenet_fused.ops import conv2d_relu, forget_packed, inception
 from googlenet_fused.packing import BatchNormParams, ConvParams, spec_of_weights
+from googlenet_fused.parameter_cache import ModuleWatch
 from googlenet_fused.spec import InceptionSpec
 
 _CONV_BLOCKS = {("googlenet_fused.blocks", "BasicConv2d"), ("torchvision.models.googlenet", "BasicConv2d")}
@@ -21,16 +26,73 @@ class CannotFuse(ValueError):
     """The module is not one that can be fused; the message says what stands in the way."""
 
 
-class FusedConv2d(BasicConv2d):
-    """Convolution, batch norm and ReLU as one operator in evaluation mode, with a channels_last result.
+class _Fused(nn.Module):
+    """What fused modules share: packed weights that follow the parameters, and the way back to the plain module.
 
-    ``[n, in_channels, h, w] -> [n, out_channels, h', w']``. In training mode it runs the plain sequence; where gradients are
-    wanted, torch's convolution with the batch norm folded in each call. Made by ``from_module``, which ``fuse`` calls for the
-    stem and the auxiliary heads.
+    ``_watch`` is a shortcut for the calls that users time: while nothing about the module changes, they need not go through the
+    operator and its cache.
     """
 
     backend: str
     plain_class: type[nn.Module]
+    _watch: ModuleWatch[DirectCall] | None = None
+
+    def _conv_blocks(self) -> tuple[nn.Module, ...]:
+        raise NotImplementedError
+
+    def to_plain(self) -> nn.Module:
+        """The plain module of the class this one was made from, sharing its parameters."""
+        plain = self.plain_class.__new__(self.plain_class)
+        _adopt(plain, self)
+        del plain.backend, plain.plain_class
+        return plain
+
+    def repack(self) -> None:
+        """Forget the packed weights. Needed only after a change that cannot be seen, as through ``weight.data``."""
+        self._watch = None
+        forget_packed([_conv_params(block) for block in self._conv_blocks()])
+
+    def _direct(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The forward pass for ``x`` without the operator, if that is ready and the module unchanged."""
+        if not unobserved(x) or self._watch is None or not self._watch.intact(self):
+            return None
+        call = self._watch.value
+        return call.run if call.serves(x, self.backend) else None
+
+    def _make_direct(self, x: Tensor, make: Callable[[], DirectCall]) -> None:
+        """After a call with ``x`` that went through the operator: spare the next ones that."""
+        self._watch = None
+        if not self.training and unobserved(x) and not x.is_meta and x.numel():
+            with suppress(ValueError):
+                self._watch = ModuleWatch(self, make)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_watch"}
+
+    # Parameters can keep their identity and version in the next two; and where torch swaps tensors instead
+    # (torch.__future__.set_swap_module_params_on_conversion), it refuses those to which a cache holds weak references.
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # What Module.to, half, cuda and the like come down to.
+        self.repack()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.repack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; weights are packed anew afterwards."""
+        self.repack()
+        return super().train(mode)
+
+
+class FusedConv2d(_Fused, BasicConv2d):
+    """Convolution, batch norm and ReLU as one operator in evaluation mode, with a channels_last result.
+
+    ``[n, in_channels, h, w] -> [n, out_channels, h', w']``. In training mode with live batch norm it runs the plain sequence.
+    Made by ``from_module``, which ``fuse`` calls for the stem and the auxiliary heads.
+    """
 
     @classmethod
     def from_module(cls, block: nn.Module, *, backend: str = registry.AUTO) -> FusedConv2d:
@@ -47,31 +109,27 @@ class FusedConv2d(BasicConv2d):
         fused.backend, fused.plain_class = backend, type(block)
         return fused
 
-    def to_plain(self) -> nn.Module:
-        """The plain block of the class this one was made from, sharing its parameters."""
-        plain = self.plain_class.__new__(self.plain_class)
-        _adopt(plain, self)
-        del plain.backend, plain.plain_class
-        return plain
-
-    def train(self, mode: bool = True) -> FusedConv2d:
-        """As ``nn.Module.train``; folded weights are made anew afterwards."""
-        forget_packed([_conv_params(self)])
-        return super().train(mode)
+    def _conv_blocks(self) -> tuple[nn.Module, ...]:
+        return (self,)
 
     def forward(self, x: Tensor) -> Tensor:
+        direct = self._direct(x)
+        if direct is not None:
+            return direct(x)
         if _has_live_norm(self):
             if not torch.compiler.is_compiling():
-                forget_packed([_conv_params(self)])
+                self.repack()  # live batch norm updates its statistics without a trace
             return super().forward(x)
-        stride, padding = self.conv.stride, self.conv.padding
-        return conv2d_relu(x, _conv_params(self), stride=stride, padding=padding, backend=self.backend)  # type: ignore[arg-type]
+        params, stride, padding, backend = _conv_params(self), self.conv.stride, self.conv.padding, self.backend
+        out = conv2d_relu(x, params, stride=stride, padding=padding, backend=backend, cache=not self.training)  # type: ignore[arg-type]
+        self._make_direct(x, lambda: direct_call.conv2d_relu(x, params, stride, padding, backend))  # type: ignore[arg-type]
+        return out
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"
 
 
-class FusedInception(Inception):
+class FusedInception(_Fused, Inception):
     """An Inception module that runs fused: ``[n, in_channels, h, w] -> [n, ch1x1 + ch3x3 + ch5x5 + pool_proj, h, w]``.
 
     Constructor and state_dict keys are torchvision's, so it also serves as ``torchvision.models.GoogLeNet(blocks=[BasicConv2d,
@@ -93,9 +151,6 @@ class FusedInception(Inception):
         ValueError: a width, ``large_kernel``, ``norm`` or ``backend`` is out of range.
         CannotFuse: ``conv_block`` makes something other than convolution, batch norm and ReLU.
     """
-
-    backend: str
-    plain_class: type[nn.Module]
 
     def __init__(
         self,
@@ -131,49 +186,34 @@ class FusedInception(Inception):
             ValueError: no backend has this name.
         """
         registry.check_name(backend)
-        if _qualified(type(block)) not in _INCEPTIONS:
-            raise CannotFuse(
-                f"{type(block).__name__} is not an Inception module of torchvision's or googlenet_fused's GoogLeNet"
-            )
+        _check_class(block, _INCEPTIONS, "an Inception module")
         read_inception(block)
         fused = cls.__new__(cls)
         _adopt(fused, block)
         fused.backend, fused.plain_class = backend, type(block)
         return fused
 
-    def to_plain(self) -> nn.Module:
-        """The plain module of the class this one was made from, sharing its parameters."""
-        plain = self.plain_class.__new__(self.plain_class)
-        _adopt(plain, self)
-        del plain.backend, plain.plain_class
-        return plain
-
     @property
     def spec(self) -> InceptionSpec:
         """The module's widths and kernel size."""
-        return spec_of_weights([_conv_params(block).weight for block in _conv_blocks(self)])
+        return spec_of_weights([_conv_params(block).weight for block in self._conv_blocks()])
 
-    def repack(self) -> None:
-        """Forget the packed weights. Needed only after a change that cannot be seen, as through ``weight.data``."""
-        forget_packed([_conv_params(block) for block in _conv_blocks(self)])
-
-    def _apply(self, *args: Any, **kwargs: Any) -> FusedInception:
-        # What Module.to, half, cuda and the like come down to: parameters keep their identity and version there.
-        self.repack()
-        return super()._apply(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> FusedInception:
-        """As ``nn.Module.train``; weights are packed anew afterwards."""
-        self.repack()
-        return super().train(mode)
+    def _conv_blocks(self) -> tuple[nn.Module, ...]:
+        return _conv_blocks(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        direct = self._direct(x)
+        if direct is not None:
+            return direct(x)
         blocks = _conv_blocks(self)
         if any(_has_live_norm(block) for block in blocks):
             if not torch.compiler.is_compiling():
                 self.repack()  # live batch norm updates its statistics without a trace
             return super().forward(x)
-        return inception(x, [_conv_params(block) for block in blocks], backend=self.backend, cache=not self.training)
+        convs = [_conv_params(block) for block in blocks]
+        out = inception(x, convs, backend=self.backend, cache=not self.training)
+        self._make_direct(x, lambda: direct_call.inception(x, convs, self.backend))
+        return out
 
     def extra_repr(self) -> str:
         return f"large_kernel={self.spec.large_kernel}, backend={self.backend!r}"
@@ -228,9 +268,17 @@ def read_inception(block: nn.Module) -> InceptionSpec:
     return spec
 
 
+def _check_class(block: nn.Module, classes: set[tuple[str, str]], what: str) -> None:
+    name = type(block).__name__
+    if isinstance(block, _Fused):
+        derived = "" if type(block) in (FusedConv2d, FusedInception) else ", by a class of its own that is left as it is"
+        raise CannotFuse(f"{name} is fused already{derived}")
+    if _qualified(type(block)) not in classes:
+        raise CannotFuse(f"{name} is not {what} of torchvision's or googlenet_fused's GoogLeNet")
+
+
 def _check_conv_block(block: nn.Module) -> None:
-    if _qualified(type(block)) not in _CONV_BLOCKS:
-        raise CannotFuse(f"{type(block).__name__} is not a BasicConv2d of torchvision's or googlenet_fused's GoogLeNet")
+    _check_class(block, _CONV_BLOCKS, "a BasicConv2d")
     if "forward" in vars(block):
         raise CannotFuse("the block has a forward of its own on the instance")
     conv, norm = block.conv, block.bn
@@ -274,9 +322,12 @@ def _qualified(cls: type) -> tuple[str, str]:
 def _adopt(target: nn.Module, source: nn.Module) -> None:
     """Make ``target`` a module with all that ``source`` holds, without a constructor (which would draw random numbers).
 
-    Children, parameters and buffers, hooks and other attributes are the same objects, in registries of the target's own.
+    Children, parameters and buffers, hooks and other attributes are the same objects, in registries of the target's own. What
+    ``Module.compile`` and ``_Fused`` keep is about the source itself and stays with it.
     """
     for name, value in vars(source).items():
+        if name in ("_compiled_call_impl", "_watch"):
+            continue
         registry_of_module = name.startswith("_") and isinstance(value, dict | set)
         vars(target)[name] = value.copy() if registry_of_module else value
 

@@ -1,8 +1,9 @@
 """The operators ``torch.ops.googlenet_fused.*``: schemas, shape rules and autograd. The backend is chosen inside, at the call.
 
 ``inception`` takes a module's parameters as they are, batch norm included, keeps what it packs of them until one changes, and
-is differentiable. ``inception_packed`` takes weights that are packed already. ``conv2d_relu`` is one convolution with its batch
-norm and ReLU, for the stem. The last two are for inference.
+is differentiable. ``conv2d_relu`` does the same for one convolution with its batch norm and ReLU, for the stem, and returns it
+channels_last.
+``inception_packed`` takes weights that are packed already and is for inference.
 
 Forward-mode differentiation is refused. ``torch.func.jvp`` hands an operator tensors without their tangents, so there it is the
 functions and modules that refuse; an operator of ``torch.ops`` called directly cannot know, and its tangent is zero.
@@ -10,7 +11,8 @@ functions and modules that refuse; an operator of ``torch.ops`` called directly 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +50,13 @@ _library.define(
 )
 _library.define(
     "conv2d_relu(Tensor x, Tensor weight, Tensor? bias, Tensor[] norm, float eps, SymInt[2] stride, SymInt[2] padding, "
-    "str backend='auto') -> Tensor",
+    "str backend='auto', bool cache=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
 _packed: ParameterCache[PackedInception] = ParameterCache()
 _folded: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
+_prepared: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
 
 
 def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry.AUTO, cache: bool = False) -> Tensor:
@@ -88,29 +91,32 @@ def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry
     x = _autocast_input(x, convs[0].weight.dtype)
     if torch.compiler.is_compiling() or _differentiates(x, convs):
         return torch.ops.googlenet_fused.inception.default(x, *_flatten(convs), backend, cache)
-    return torch.ops.googlenet_fused.inception_packed.default(x, *_pack(convs, x.dtype, cache), backend)
+    return torch.ops.googlenet_fused.inception_packed.default(x, *pack(convs, x.dtype, cache), backend)
 
 
 def conv2d_relu(
-    x: Tensor, conv: ConvParams, *, stride: Sequence[int], padding: Sequence[int], backend: str = registry.AUTO
+    x: Tensor,
+    conv: ConvParams,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    backend: str = registry.AUTO,
+    cache: bool = False,
 ) -> Tensor:
     """Convolution with batch norm folded and ReLU, ``[n, i, h, w] -> [n, o, h', w']``, channels_last out.
 
-    Where gradients are wanted it runs as torch's separate operators.
+    Differentiable as ``inception`` is; ``backend`` and ``cache`` are as there.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
         TypeError: x's dtype is not that of the weights, outside autocast.
         BackendError: the backend that was named cannot run this.
+        NotImplementedError: forward-mode differentiation.
     """
     _refuse_forward_ad(x, *_tensors(conv))
     x = _autocast_input(x, conv.weight.dtype).contiguous(memory_format=torch.channels_last)
-    if _differentiates(x, [conv]):
-        registry.select(backend, registry.Problem(x.device, x.dtype, None))  # raises where the named backend cannot run this
-        weight, bias = fold_batch_norm(conv, x.dtype)
-        return F.conv2d(x, weight, bias, stride, padding).relu()
     return torch.ops.googlenet_fused.conv2d_relu.default(
-        x, conv.weight, conv.bias, list(conv.norm or ()), conv.eps, stride, padding, backend
+        x, conv.weight, conv.bias, list(conv.norm or ()), conv.eps, stride, padding, backend, cache
     )
 
 
@@ -121,7 +127,7 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
         TypeError: outside autocast, x's dtype is not ``weight_dtype``.
     """
     device = x.device.type
-    if _autocasts(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocasts(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight_dtype:
         raise TypeError(
@@ -131,7 +137,8 @@ def _autocast_input(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
     return x
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device."""
     return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
 
 
@@ -174,13 +181,36 @@ def _unflatten(
     ]
 
 
-def _pack(convs: Sequence[ConvParams], dtype: torch.dtype, cache: bool) -> PackedInception:
+def fold(conv: ConvParams, dtype: torch.dtype, cache: bool) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``conv`` in ``dtype``, batch norm folded; with ``cache``, kept until a tensor of it changes."""
+    if not cache:
+        with torch.no_grad():
+            return fold_batch_norm(conv, dtype)
+    weight, bias = _folded.get(_tensors(conv), (dtype, conv.eps), lambda: _detach(fold_batch_norm(conv, dtype)))
+    return weight, bias
+
+
+def pack(convs: Sequence[ConvParams], dtype: torch.dtype, cache: bool) -> PackedInception:
+    """The packed weights of six convolutions in ``dtype``; with ``cache``, kept until a tensor of them changes."""
     if not cache:
         with torch.no_grad():
             return pack_inception(convs, dtype)
     sources = [tensor for conv in convs for tensor in _tensors(conv)]
     eps = tuple(conv.eps for conv in convs)
     return _packed.get(sources, (dtype, eps), lambda: PackedInception(*_detach(pack_inception(convs, dtype))))
+
+
+def prepare(backend: registry.Backend, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """``backend.prepare``, kept until a tensor of ``packed`` changes."""
+    return _prepared.get(packed, backend.name, lambda: backend.prepare(packed, input_shape))
+
+
+def prepare_conv2d(
+    backend: registry.Backend, weight: Tensor, stride: Sequence[int], padding: Sequence[int], input_shape: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """``backend.prepare_conv2d``, kept until ``weight`` changes."""
+    key = (backend.name, *stride, *padding)
+    return _prepared.get([weight], key, lambda: backend.prepare_conv2d(weight, stride, padding, input_shape))
 
 
 def _detach(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -206,16 +236,20 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
-def _allocate(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+def allocate(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """The concat buffer for input x, not written yet."""
     shape = (x.shape[0], channels, height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
+def in_forward_ad() -> bool:
+    """Whether this runs inside forward-mode differentiation."""
+    # The level is negative outside forward-mode differentiation. Asking 30 tensors for tangents instead would cost 10 us.
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def _refuse_forward_ad(*tensors: Tensor) -> None:
-    # The level is negative outside forward-mode differentiation, nearly always; asking 30 tensors costs 10 us.
-    if getattr(forward_ad, "_current_level", 0) < 0:
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if in_forward_ad() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "forward-mode differentiation (jvp) of the fused Inception module is not implemented: differentiate the plain "
             "block, which googlenet_fused.unfuse(model) gives back"
@@ -237,9 +271,9 @@ def _run(x: Tensor, packed: PackedInception, backend: str) -> Tensor:
     if x.dtype != packed.shared_weight.dtype:
         raise TypeError(f"x is {x.dtype} but the packed weights are {packed.shared_weight.dtype}: convert one with .to()")
     chosen = registry.select(backend, registry.Problem(x.device, x.dtype, spec))
-    out = _allocate(x, spec.out_channels, x.shape[2], x.shape[3])
+    out = allocate(x, spec.out_channels, x.shape[2], x.shape[3])
     if out.numel():
-        chosen.inception(x, packed, out)
+        chosen.inception(x, packed, prepare(chosen, packed, x.shape), out)
     return out
 
 
@@ -253,7 +287,7 @@ def _inception(
     cache: bool = False,
 ) -> Tensor:
     _refuse_forward_ad(x, *weights, *biases, *norms)
-    return _run(x, _pack(_unflatten(weights, biases, norms, eps), x.dtype, cache), backend)
+    return _run(x, pack(_unflatten(weights, biases, norms, eps), x.dtype, cache), backend)
 
 
 def _inception_fake(
@@ -267,7 +301,7 @@ def _inception_fake(
 ) -> Tensor:
     spec = check_convs(_unflatten(weights, biases, norms, eps))
     _check_input(x, spec, weights[0])
-    return _allocate(x, spec.out_channels, x.shape[2], x.shape[3])
+    return allocate(x, spec.out_channels, x.shape[2], x.shape[3])
 
 
 def _inception_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -276,12 +310,29 @@ def _inception_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
     ctx.save_for_backward(x, output, *weights, *biases, *norms)
 
 
+Backward = Callable[[Any, Tensor], tuple[Any, ...]]
+
+
+def _in_forward_dtypes(backward: Backward) -> Backward:
+    """``backward`` with autocast off, and as many gradients as the dispatcher expects."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        device = ctx.saved_tensors[0].device.type
+        if autocasts(device):
+            with torch.autocast(device, enabled=False):
+                returned = backward(ctx, grad)
+        else:
+            returned = backward(ctx, grad)
+        # The dispatcher drops a trailing argument that has its default value, and torch 2.11 wants no gradient for it then.
+        return returned[: len(ctx.needs_input_grad)]
+
+    return run
+
+
+@_in_forward_dtypes
 def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients by torch's own operators, so that they can be differentiated again. Bottlenecks and pool are recomputed."""
-    device = ctx.saved_tensors[0].device.type
-    if _autocasts(device):
-        with torch.autocast(device, enabled=False):  # the dtypes are those of the forward pass
-            return _inception_backward(ctx, grad)
     x, output, *parameters = ctx.saved_tensors
     n_weights, n_biases, _ = ctx.counts
     convs = _unflatten(
@@ -308,24 +359,23 @@ def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = to_1x1[0] + to_3x3red[0] + to_5x5red[0] + through_pool
     of_folded = (to_1x1, to_3x3red, to_3x3, to_5x5red, to_5x5, to_proj)
     grads = [fold_batch_norm_backward(conv, dw, db) for conv, (_, dw, db) in zip(convs, of_folded, strict=True)]
-    returned = (
+    return (
         grad_x,
         [conv.weight for conv in grads],
         [conv.bias for conv in grads if conv.bias is not None],
         [tensor for conv in grads for tensor in conv.norm or ()],
-        None,
-        None,
-        None,
+        *(None, None, None),
     )
-    # The dispatcher drops a trailing argument that has its default value, and torch 2.11 wants no gradient for it then.
-    return returned[: len(ctx.needs_input_grad)]
 
 
-def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias of a stride-1 convolution that keeps height and width."""
-    padding = weight.shape[2] // 2
+def _conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int] = (1, 1), padding: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; without ``padding``, of a convolution that keeps height and width."""
+    if padding is None:
+        padding = [weight.shape[2] // 2, weight.shape[3] // 2]
     return aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, True, True]
+        grad, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [True, True, True]
     )
 
 
@@ -354,7 +404,7 @@ def _inception_packed_fake(x: Tensor, *weights_and_backend: Any) -> Tensor:
     packed = PackedInception(*weights_and_backend[:8])
     _refuse_autograd(x, *packed)
     _check_input(x, packed.spec, packed.shared_weight)
-    return _allocate(x, packed.spec.out_channels, x.shape[2], x.shape[3])
+    return allocate(x, packed.spec.out_channels, x.shape[2], x.shape[3])
 
 
 def _conv2d_relu(
@@ -366,16 +416,16 @@ def _conv2d_relu(
     stride: Sequence[int],
     padding: Sequence[int],
     backend: str = registry.AUTO,
+    cache: bool = False,
 ) -> Tensor:
     conv = _conv_of(weight, bias, norm, eps)
     _refuse_forward_ad(x, *_tensors(conv))
-    _refuse_autograd(x, *_tensors(conv))
-    out = _conv2d_relu_fake(x, weight, bias, norm, eps, stride, padding)
+    shape = _conv2d_relu_shape(x, conv, stride, padding)
     chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None))
-    if out.numel():
-        folded = _folded.get(_tensors(conv), (x.dtype, eps), lambda: _detach(fold_batch_norm(conv, x.dtype)))
-        chosen.conv2d_relu(x, folded[0], folded[1], stride, padding, out)
-    return out
+    if 0 in shape:
+        return _allocate_conv2d_relu(x, shape)
+    weight, bias = fold(conv, x.dtype, cache)
+    return chosen.conv2d_relu(x, weight, bias, prepare_conv2d(chosen, weight, stride, padding, x.shape), stride, padding)
 
 
 def _conv_of(weight: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> ConvParams:
@@ -395,8 +445,17 @@ def _conv2d_relu_fake(
     stride: Sequence[int],
     padding: Sequence[int],
     backend: str = registry.AUTO,
+    cache: bool = False,
 ) -> Tensor:
-    _refuse_autograd(x, *_tensors(_conv_of(weight, bias, norm, eps)))
+    return _allocate_conv2d_relu(x, _conv2d_relu_shape(x, _conv_of(weight, bias, norm, eps), stride, padding))
+
+
+def _allocate_conv2d_relu(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _conv2d_relu_shape(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
+    weight = conv.weight
     channels, in_channels, *kernel = weight.shape
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x must be [n, {in_channels}, h, w] for a weight of shape {list(weight.shape)}, got {list(x.shape)}")
@@ -404,7 +463,22 @@ def _conv2d_relu_fake(
     height, width = ((x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2))
     if height < 1 or width < 1:
         raise ValueError(f"x of shape {list(x.shape)} is too small for a {kernel[0]}x{kernel[1]} convolution")
-    return _allocate(x, channels, height, width)
+    return x.shape[0], channels, height, width
+
+
+def _conv2d_relu_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, norm, ctx.eps, ctx.stride, ctx.padding, *_ = inputs
+    ctx.save_for_backward(x, output, weight, bias, *norm)
+
+
+@_in_forward_dtypes
+def _conv2d_relu_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, output, weight, bias, *norm = ctx.saved_tensors
+    conv = _conv_of(weight, bias, norm, ctx.eps)
+    grad = aten.threshold_backward(grad, output.detach(), 0)
+    grad_x, *of_folded = _conv2d_backward(grad, x, fold_batch_norm(conv, x.dtype)[0], ctx.stride, ctx.padding)
+    grads = fold_batch_norm_backward(conv, *of_folded)
+    return grad_x, grads.weight, grads.bias, list(grads.norm or ()), *(None,) * 5
 
 
 for _name, _kernel, _fake in (
@@ -414,6 +488,8 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"googlenet_fused::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "googlenet_fused::inception", _inception_backward, setup_context=_inception_setup_context, lib=_library
-)
+for _name, _backward, _setup_context in (
+    ("inception", _inception_backward, _inception_setup_context),
+    ("conv2d_relu", _conv2d_relu_backward, _conv2d_relu_setup_context),
+):
+    torch.library.register_autograd(f"googlenet_fused::{_name}", _backward, setup_context=_setup_context, lib=_library)

@@ -36,12 +36,12 @@ class ConvParams(NamedTuple):
 class PackedInception(NamedTuple):
     """The weights of one module as every backend reads them, all in one dtype on one device, channels_last.
 
-    ``shared`` holds the three 1x1 convolutions that read the module's input, merged on the output axis in the order
-    ``[ch1x1 | ch3x3red | ch5x5red]``; their widths follow from the other shapes.
+    ``shared`` holds the three 1x1 convolutions that read the module's input, merged on the output axis as
+    ``InceptionSpec.shared_slices`` says; their widths follow from the other shapes.
     """
 
-    shared_weight: Tensor  # [ch1x1 + ch3x3red + ch5x5red, in_channels, 1, 1]
-    shared_bias: Tensor  # [ch1x1 + ch3x3red + ch5x5red]
+    shared_weight: Tensor  # [shared_channels, in_channels, 1, 1]
+    shared_bias: Tensor  # [shared_channels]
     ch3x3_weight: Tensor  # [ch3x3, ch3x3red, 3, 3]
     ch3x3_bias: Tensor  # [ch3x3]
     ch5x5_weight: Tensor  # [ch5x5, ch5x5red, large_kernel, large_kernel]
@@ -180,6 +180,11 @@ def pack_inception(convs: Sequence[ConvParams], dtype: torch.dtype) -> PackedInc
     check_convs(convs)
     folded = [fold_batch_norm(conv, dtype) for conv in convs]
     (w1, b1), (w3r, b3r), (w3, b3), (w5r, b5r), (w5, b5), (wp, bp) = folded
-    weights = (torch.cat([w1, w3r, w5r]), w3, w5, wp)
-    shared, ch3x3, ch5x5, pool_proj = (weight.contiguous(memory_format=torch.channels_last) for weight in weights)
+    shared, ch3x3, ch5x5, pool_proj = map(_channels_last, (torch.cat([w1, w3r, w5r]), w3, w5, wp))
     return PackedInception(shared, torch.cat([b1, b3r, b5r]), ch3x3, b3, ch5x5, b5, pool_proj, bp)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """``weight`` in channels_last strides. Those of a 1x1 kernel are ambiguous and ``contiguous`` would keep either kind, which
+    some of torch's convolutions then run differently."""
+    return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)

@@ -1,30 +1,34 @@
-"""A cache of values derived from parameters, which follows the parameters."""
+"""What is derived from parameters, and how it follows them: a cache keyed by tensors, and a watch over a module."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Generic, NamedTuple, TypeVar
+from operator import attrgetter, is_
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import BatchNorm2d, Conv2d, Module, Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger("googlenet_fused")
 
 Value = TypeVar("Value", bound=tuple[Tensor, ...])
+Watched = TypeVar("Watched")
 
 
 _optimizer_steps = 0
+_unseen_changes = 0  # optimizer steps and calls of forget: a watch looks again after one
 
 
 def _count_optimizer_step(*_: object) -> None:
-    global _optimizer_steps
+    global _optimizer_steps, _unseen_changes
     _optimizer_steps += 1
+    _unseen_changes += 1
 
 
 # Fused optimizers write to parameters without moving their version counters.
@@ -56,7 +60,7 @@ class ParameterCache(Generic[Value]):
 
     def get(self, sources: Sequence[Tensor], key: Hashable, build: Callable[[], Value]) -> Value:
         """The value of ``build()`` for these sources and ``key``: kept if still valid, else built, without autograd."""
-        states = self._states(sources)
+        states = _states(sources)
         if states is None:
             return _build_detached(build)
         by_key: dict[Hashable, _Entry[Value]] | None = self._entries.get(sources[0])
@@ -79,18 +83,66 @@ class ParameterCache(Generic[Value]):
 
     def forget(self, source: Tensor) -> None:
         """Drop what was built with ``source`` as the first source tensor."""
+        global _unseen_changes
+        _unseen_changes += 1
         self._entries.pop(source, None)
 
-    def _states(self, sources: Sequence[Tensor]) -> list[tuple[int, int]] | None:
-        """Version and address of each source; None where a tensor has neither (inference, functorch and fake tensors)."""
-        if not _FOLLOWED.issuperset(map(type, sources)):
-            return None
-        try:
-            return [(source._version, source.data_ptr()) for source in sources]
-        except RuntimeError:
-            if any(source.is_inference() for source in sources):
-                _warn_of_inference_tensors()
-            return None
+
+class ModuleWatch(Generic[Watched]):
+    """A value derived from all the tensors of a module, and a quick way to ask whether the module is still as it was.
+
+    It sees a child, parameter or buffer replaced, written to or given other memory, batch norm set to training or to another
+    eps, and every step of an optimizer of torch's; what ``ParameterCache`` cannot see, neither can it. Asking costs a tenth of
+    collecting the tensors and looking them up.
+    """
+
+    def __init__(self, module: Module, build: Callable[[], Watched]) -> None:
+        """Raises ``ValueError`` if the module holds a tensor that cannot be followed."""
+        self._unseen_changes = _unseen_changes
+        self._root = module._modules
+        slots: list[tuple[dict[str, Any], str, Any]] = []
+        for child in module.modules():
+            for registry in (child._modules, child._parameters, child._buffers):
+                slots += [(registry, name, member) for name, member in registry.items()]
+            followed = _FOLLOWED_ATTRIBUTES.get(type(child), ()) if child is not module else ("training",)
+            slots += [(vars(child), name, vars(child)[name]) for name in followed]
+        self._registries, self._names, self._members = zip(*slots, strict=True)
+        self._tensors = [member for member in self._members if isinstance(member, Tensor)]
+        states = _states(self._tensors)
+        if states is None:
+            raise ValueError("a parameter or buffer has no version to follow")
+        self._versions, self._addresses = [version for version, _ in states], [address for _, address in states]
+        self._aliases = [tensor.detach() for tensor in self._tensors]  # as in _Entry
+        self.value = build()
+
+    def intact(self, module: Module) -> bool:
+        """Whether ``module`` is the one that was watched (and not a copy that took over its attributes), unchanged."""
+        return (
+            self._unseen_changes == _unseen_changes
+            and self._root is module._modules
+            and all(map(is_, map(dict.get, self._registries, self._names), self._members))
+            and list(map(_version_of, self._tensors)) == self._versions
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+        )
+
+
+_FOLLOWED_ATTRIBUTES: dict[type[Module], tuple[str, ...]] = {
+    BatchNorm2d: ("training", "eps"),
+    Conv2d: ("stride", "padding"),
+}
+_version_of = attrgetter("_version")
+
+
+def _states(sources: Sequence[Tensor]) -> list[tuple[int, int]] | None:
+    """Version and address of each source; None where a tensor has neither (inference, functorch and fake tensors)."""
+    if not _FOLLOWED.issuperset(map(type, sources)):
+        return None
+    try:
+        return [(source._version, source.data_ptr()) for source in sources]
+    except RuntimeError:
+        if any(source.is_inference() for source in sources):
+            _warn_of_inference_tensors()
+        return None
 
 
 def _build_detached(build: Callable[[], Value]) -> Value:

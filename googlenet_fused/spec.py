@@ -35,6 +35,14 @@ class BranchSlices(NamedTuple):
     pool_proj: slice
 
 
+class SharedSlices(NamedTuple):
+    """Channel ranges of the 1x1 convolutions that read the module's input, when merged into one."""
+
+    ch1x1: slice
+    ch3x3red: slice
+    ch5x5red: slice
+
+
 @dataclass(frozen=True)
 class InceptionSpec:
     """Widths of one Inception module, with torchvision's argument names.
@@ -73,14 +81,18 @@ class InceptionSpec:
 
     @property
     def shared_channels(self) -> int:
-        """Output width of the 1x1 convolutions that read the module's input: ``[ch1x1 | ch3x3red | ch5x5red]`` merged."""
+        """Output width of the merged 1x1 convolutions of ``shared_slices``."""
         return self.ch1x1 + self.ch3x3red + self.ch5x5red
 
     @cached_property
     def slices(self) -> BranchSlices:
         """Where each branch's channels lie in the output, axis 1."""
-        ends = list(accumulate((self.ch1x1, self.ch3x3, self.ch5x5, self.pool_proj)))
-        return BranchSlices(*(slice(start, end) for start, end in zip([0, *ends], ends, strict=False)))
+        return BranchSlices(*_consecutive(self.ch1x1, self.ch3x3, self.ch5x5, self.pool_proj))
+
+    @cached_property
+    def shared_slices(self) -> SharedSlices:
+        """Where the 1x1 convolutions that read the module's input lie when merged, ``shared_channels`` wide in all."""
+        return SharedSlices(*_consecutive(self.ch1x1, self.ch3x3red, self.ch5x5red))
 
     @property
     def convs(self) -> tuple[ConvShape, ...]:
@@ -102,6 +114,11 @@ class InceptionSpec:
     def macs(self, height: int, width: int, batch: int = 1) -> int:
         """Multiply-accumulates of one forward pass on ``[batch, in_channels, height, width]``."""
         return batch * height * width * self.weight_count
+
+
+def _consecutive(*widths: int) -> Iterator[slice]:
+    ends = list(accumulate(widths))
+    return (slice(end - width, end) for width, end in zip(widths, ends, strict=True))
 
 
 GOOGLENET_SPECS: dict[str, InceptionSpec] = {

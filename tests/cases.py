@@ -42,8 +42,7 @@ def both_kernels(spec: InceptionSpec) -> list[InceptionSpec]:
 
 def plain_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0) -> Inception:
     """A plain module in evaluation mode with weights and batch norm statistics that make every branch matter."""
-    *widths, large_kernel = spec
-    return randomize_(Inception(*widths, large_kernel=large_kernel, norm=norm), seed).eval()
+    return randomize_(Inception.from_spec(spec, norm=norm), seed).eval()
 
 
 def fused_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0, backend: str = "auto") -> FusedInception:

@@ -78,9 +78,9 @@ class FakeBackend(ReferenceBackend):
     def supports(self, problem: Problem) -> str | None:
         return self.refusal
 
-    def inception(self, x: Tensor, packed: PackedInception, out: Tensor) -> None:
+    def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
         self.calls += 1
-        super().inception(x, packed, out)
+        super().inception(x, packed, prepared, out)
 
 
 @pytest.fixture
@@ -113,6 +113,12 @@ def unprobed_cpu(own_registry: None) -> Iterator[None]:
 def run(backend: str = "auto", dtype: torch.dtype = torch.float32) -> Tensor:
     """One small module through the public function."""
     return googlenet_fused.inception(integer_input(TINY, 1, 4, 3, dtype), integer_convs(TINY, dtype), backend=backend)
+
+
+def run_packed(backend: str, x: Tensor, packed: PackedInception, out: Tensor) -> None:
+    """One small module through the backend itself."""
+    chosen = registry.get(backend)
+    chosen.inception(x, packed, chosen.prepare(packed, x.shape), out)
 
 
 def plain_result(x: Tensor, convs: Sequence[ConvParams]) -> Tensor:
@@ -533,24 +539,39 @@ def test_every_output_element_is_written_and_nothing_else(
         expected = plain_result(x, integer_convs(spec, dtype)).to(dtype)
         for layout in ("contiguous", "channels_last", "slice_of_wider"):
             out, buffer = guarded_buffer((batch, spec.out_channels, height, width), dtype, channels_last=channels_last)
-            registry.get(backend).inception(LAYOUTS[layout](x), packed, out)
+            run_packed(backend, LAYOUTS[layout](x), packed, out)
             check_guards(out, buffer)
             assert_equal(out, expected)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels_last", [False, True])
 @every_backend
-def test_every_output_element_of_a_convolution_is_written(backend: str, channels_last: bool, stride: int, padding: int) -> None:
+def test_a_convolution_in_every_layout(backend: str, stride: int, padding: int) -> None:
+    chosen, geometry = registry.get(backend), ((stride, stride), (padding, padding))
     weight, bias = torch.randint(-3, 4, (7, 3, 3, 3)).float(), torch.randint(-3, 4, (7,)).float()
     for layout in LAYOUTS.values():
         x = layout(torch.randint(-3, 4, (2, 3, 9, 6)).float())
+        before = x.clone()
         expected = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding).relu().float()
-        out, buffer = guarded_buffer(tuple(expected.shape), torch.float32, channels_last=channels_last)  # type: ignore[arg-type]
-        registry.get(backend).conv2d_relu(x, weight, bias, (stride, stride), (padding, padding), out)
-        check_guards(out, buffer)
+        out = chosen.conv2d_relu(x, weight, bias, chosen.prepare_conv2d(weight, *geometry, x.shape), *geometry)
         assert_equal(out, expected)
+        assert out.stride() == torch.empty_like(expected, memory_format=torch.channels_last).stride()
+        assert_equal(x, before)
+
+
+@every_backend
+def test_what_a_backend_prepares_serves_inputs_of_every_shape(backend: str) -> None:
+    spec = ODD_SPECS["primes"]
+    chosen, convs = registry.get(backend), integer_convs(spec)
+    packed = pack_inception(convs, torch.float32)
+    prepared = chosen.prepare(packed, (2, spec.in_channels, 6, 5))
+    for batch, height, width in SMALL_SIZES:
+        x = integer_input(spec, batch, height, width)
+        out, buffer = guarded_buffer((batch, spec.out_channels, height, width), torch.float32)
+        chosen.inception(x, packed, prepared, out)
+        check_guards(out, buffer)
+        assert_equal(out, plain_result(x, convs).float())
 
 
 def test_guards_are_seen_when_they_are_written_over() -> None:
@@ -589,7 +610,7 @@ def test_inputs_and_weights_are_not_modified(backend: str, dtype: torch.dtype) -
         x = make(integer_input(spec, 2, 5, 6, dtype))
         tensors = [x, *packed]
         before = [(tensor.clone(), tensor._version) for tensor in tensors]
-        registry.get(backend).inception(x, packed, torch.empty(2, spec.out_channels, 5, 6, dtype=dtype))
+        run_packed(backend, x, packed, torch.empty(2, spec.out_channels, 5, 6, dtype=dtype))
         for tensor, (value, version) in zip(tensors, before, strict=True):
             assert_equal(tensor, value)
             assert tensor._version == version

@@ -560,8 +560,8 @@ class WrongBackend(ReferenceBackend):
         self.name = "wrong"
         self.spoil = spoil
 
-    def inception(self, x: Tensor, packed: PackedInception, out: Tensor) -> None:
-        super().inception(x, packed, out)
+    def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
+        super().inception(x, packed, prepared, out)
         self.spoil(out, x, packed)
 
 
@@ -683,8 +683,8 @@ def test_a_mismatch_in_the_root_names_its_class(own_registry: None) -> None:
 class WrongConvolution(ReferenceBackend):
     name = "wrong"
 
-    def conv2d_relu(self, x: Tensor, weight: Tensor, bias: Tensor, stride: object, padding: object, out: Tensor) -> None:
-        out.copy_(F.conv2d(x, weight, bias, stride, padding))  # type: ignore[arg-type]
+    def conv2d_relu(self, x: Tensor, weight: Tensor, bias: Tensor, prepared: object, stride: object, padding: object) -> Tensor:
+        return F.conv2d(x, weight, bias, stride, padding)  # type: ignore[arg-type]
 
 
 def test_a_wrong_convolution_is_found(own_registry: None) -> None:

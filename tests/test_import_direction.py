@@ -16,6 +16,7 @@ LAYERS = (
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),
     ("ops",),
+    ("direct",),
     ("modules",),
     ("models", "convert"),
     ("__init__",),

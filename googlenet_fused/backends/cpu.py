@@ -1,8 +1,8 @@
-"""The CPU backend: PyTorch's oneDNN convolutions, prepacked, channels_last, each branch written once into its slice.
+"""The CPU backend: PyTorch's oneDNN convolutions, prepacked, channels_last, each branch written once into the concat buffer.
 
 ``torch.ops.mkldnn`` is not a documented interface, so the arguments of its operators are compared with those this file was
-written for before it is used. oneDNN can apply ReLU itself, but its ReLU turns NaN into 0 where torch's keeps it; ReLU rides
-instead on the copies that are needed anyway: densifying the reduced channels, and writing a branch into the concat buffer.
+written for before it is used. oneDNN can apply ReLU itself, but its ReLU turns NaN into 0 where torch's keeps it. It can write
+into a slice of the concat buffer too, but only slower than torch copies its dense results there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from googlenet_fused.backends.registry import Backend, Problem
 from googlenet_fused.packing import PackedInception
-from googlenet_fused.parameter_cache import ParameterCache
+from googlenet_fused.spec import InceptionSpec
 
 _ARGUMENTS = {
     "_reorder_convolution_weight": ("self", "padding", "stride", "dilation", "groups", "input_size"),
@@ -27,9 +27,6 @@ _ARGUMENTS = {
 }
 _UNIT = (1, 1)
 _NO_PADDING = (0, 0)
-
-# oneDNN's own weight layout is opaque: it can be neither copied nor saved, so it lives here beside the plain weights.
-_prepacked: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
 
 
 class CpuBackend(Backend):
@@ -44,46 +41,60 @@ class CpuBackend(Backend):
             return f"it runs on CPU tensors, not on {problem.device.type}"
         return _probe() or _refuse_dtype(problem.dtype)
 
-    def inception(self, x: Tensor, packed: PackedInception, out: Tensor) -> None:
+    def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
         spec = packed.spec
-        large_padding = (spec.large_kernel // 2, spec.large_kernel // 2)
-        x = x.contiguous(memory_format=torch.channels_last)
-        weights = (packed.shared_weight, packed.ch3x3_weight, packed.ch5x5_weight, packed.pool_proj_weight)
-        shared_weight, ch3x3_weight, ch5x5_weight, pool_proj_weight = _prepacked.get(
-            weights,
-            None,
-            lambda: (
-                _prepack(packed.shared_weight, x.shape),
-                _prepack(packed.ch3x3_weight, (x.shape[0], spec.ch3x3red, *x.shape[2:]), padding=_UNIT),
-                _prepack(packed.ch5x5_weight, (x.shape[0], spec.ch5x5red, *x.shape[2:]), padding=large_padding),
-                _prepack(packed.pool_proj_weight, x.shape),
-            ),
+        n, _, h, w = input_shape
+        return (
+            _prepack(packed.shared_weight, input_shape),
+            _prepack(packed.ch3x3_weight, (n, spec.ch3x3red, h, w), padding=_UNIT),
+            _prepack(packed.ch5x5_weight, (n, spec.ch5x5red, h, w), padding=_large_padding(spec)),
+            _prepack(packed.pool_proj_weight, input_shape),
         )
-        shared = _conv2d(x, shared_weight, packed.shared_bias)
-        ch1x1, ch3x3red, ch5x5red = shared.split([spec.ch1x1, spec.ch3x3red, spec.ch5x5red], dim=1)
+
+    def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
+        spec = packed.spec
+        shared_weight, ch3x3_weight, ch5x5_weight, pool_proj_weight = prepared
+        x = x.contiguous(memory_format=torch.channels_last)
+        shared = _conv2d(x, shared_weight, packed.shared_bias).relu_()
+        ch1x1, ch3x3red, ch5x5red = (shared[:, channels] for channels in spec.shared_slices)
         branches = (
             ch1x1,
-            _conv2d(ch3x3red.relu(), ch3x3_weight, packed.ch3x3_bias, padding=_UNIT),
-            _conv2d(ch5x5red.relu(), ch5x5_weight, packed.ch5x5_bias, padding=large_padding),
+            _conv2d(ch3x3red, ch3x3_weight, packed.ch3x3_bias, padding=_UNIT),
+            _conv2d(ch5x5red, ch5x5_weight, packed.ch5x5_bias, padding=_large_padding(spec)),
             _conv2d(F.max_pool2d(x, kernel_size=3, stride=1, padding=1), pool_proj_weight, packed.pool_proj_bias),
         )
-        for branch, channels in zip(branches, spec.slices, strict=True):
-            torch.clamp_min(branch, 0, out=out[:, channels])  # ReLU: clamp_min keeps NaN
+        torch.cat(branches, dim=1, out=out).relu_()
+
+    def prepare_conv2d(
+        self, weight: Tensor, stride: Sequence[int], padding: Sequence[int], input_shape: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        return (_prepack(weight, input_shape, padding=padding, stride=stride),)
 
     def conv2d_relu(
-        self, x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], out: Tensor
-    ) -> None:
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        prepared: tuple[Tensor, ...],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> Tensor:
+        (prepacked,) = prepared
         x = x.contiguous(memory_format=torch.channels_last)
-        (prepacked,) = _prepacked.get(
-            (weight,), (*stride, *padding), lambda: (_prepack(weight, x.shape, padding=padding, stride=stride),)
-        )
-        torch.clamp_min(_conv2d(x, prepacked, bias, padding=padding, stride=stride), 0, out=out)
+        return _conv2d(x, prepacked, bias, padding=padding, stride=stride).relu_()
+
+
+def _large_padding(spec: InceptionSpec) -> tuple[int, int]:
+    return spec.large_kernel // 2, spec.large_kernel // 2
 
 
 def _prepack(
     weight: Tensor, input_shape: Sequence[int], *, padding: Sequence[int] = _NO_PADDING, stride: Sequence[int] = _UNIT
 ) -> Tensor:
-    """``weight [o, i, k, k]`` in oneDNN's blocked layout. The input shape is only a hint: the result serves every other one."""
+    """``weight [o, i, k, k]`` in oneDNN's blocked layout, opaque to torch: it can be neither copied nor saved.
+
+    The input shape is only a hint: the result serves every other one.
+    """
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, _UNIT, 1, list(input_shape))
 
 

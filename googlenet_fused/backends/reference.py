@@ -19,10 +19,10 @@ class ReferenceBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         return None if problem.dtype.is_floating_point else f"{problem.dtype} is not a floating dtype"
 
-    def inception(self, x: Tensor, packed: PackedInception, out: Tensor) -> None:
+    def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
         spec = packed.spec
         shared = F.conv2d(x, packed.shared_weight, packed.shared_bias).relu()
-        ch1x1, ch3x3red, ch5x5red = shared.split([spec.ch1x1, spec.ch3x3red, spec.ch5x5red], dim=1)
+        ch1x1, ch3x3red, ch5x5red = (shared[:, channels] for channels in spec.shared_slices)
         pooled = F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
 
         out[:, spec.slices.ch1x1] = ch1x1

@@ -55,21 +55,42 @@ class Backend(ABC):
     def supports(self, problem: Problem) -> str | None:
         """Why this backend cannot run ``problem``, or None if it can."""
 
+    def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """What ``inception`` wants of the packed weights in a form of its own: made once and kept for as long as they are.
+
+        It serves inputs of every shape; ``input_shape`` is that of the first.
+        """
+        return ()
+
     @abstractmethod
-    def inception(self, x: Tensor, packed: PackedInception, out: Tensor) -> None:
+    def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
         """Write all four branches of the module into ``out``.
 
         Args:
             x: input ``[n, in_channels, h, w]`` with n, h, w >= 1, any strides.
             packed: weights of x's dtype and device.
+            prepared: what ``prepare`` made of them.
             out: the concat buffer ``[n, out_channels, h, w]``, any strides; every element is written, nothing else is.
         """
 
+    def prepare_conv2d(
+        self, weight: Tensor, stride: Sequence[int], padding: Sequence[int], input_shape: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """As ``prepare``, for ``conv2d_relu``."""
+        return ()
+
     def conv2d_relu(
-        self, x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], out: Tensor
-    ) -> None:
-        """Write ``relu(conv2d(x, weight, bias))`` into ``out``. Torch's own operators unless a backend has something better."""
-        out.copy_(F.conv2d(x, weight, bias, stride, padding).relu_())
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        prepared: tuple[Tensor, ...],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> Tensor:
+        """``relu(conv2d(x, weight, bias))``, channels_last. Torch's own operators unless a backend has something better."""
+        out = F.conv2d(x, weight, bias, stride, padding).relu_()
+        return torch.empty_like(out, memory_format=torch.channels_last).copy_(out)
 
 
 class BackendError(RuntimeError):
@@ -134,6 +155,11 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def requested(name: str) -> str:
+    """The backend asked for here by a module or call that itself asks for ``name``."""
+    return _requested.get() if name == AUTO else name
+
+
 def select(name: str, problem: Problem) -> Backend:
     """The backend for ``problem``: the one named, else the one of ``use_backend``, else the most preferred that supports it.
 
@@ -141,8 +167,7 @@ def select(name: str, problem: Problem) -> Backend:
         ValueError: no backend has this name.
         BackendError: the backend that was named cannot run the problem.
     """
-    if name == AUTO:
-        name = _requested.get()
+    name = requested(name)
     if name != AUTO:
         backend = get(name)
         reason = backend.supports(problem)

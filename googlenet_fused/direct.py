@@ -1,0 +1,87 @@
+"""The forward pass of a fused module where only its result is wanted: straight to the backend, past torch's dispatcher.
+
+An operator's call from Python, with its arguments checked and its weights looked up, takes a tenth of a small module's time on
+a CPU. Where nothing can observe the operator, and after a first call has gone through it, it may as well be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from googlenet_fused import ops
+from googlenet_fused.backends import registry
+from googlenet_fused.packing import ConvParams
+
+
+class DirectCall(NamedTuple):
+    """A module's forward pass bound to its packed weights and to a backend, for inputs of one dtype on one device."""
+
+    run: Callable[[Tensor], Tensor]
+    requested: str
+    dtype: torch.dtype
+    device: torch.device
+    in_channels: int
+    smallest_side: int
+
+    def serves(self, x: Tensor, backend: str) -> bool:
+        """Whether the operator would do with ``x`` and this request for a backend what ``run`` does."""
+        return (
+            x.dtype == self.dtype
+            and x.device == self.device
+            and registry.requested(backend) == self.requested
+            and x.dim() == 4
+            and x.shape[1] == self.in_channels
+            and min(x.shape[2], x.shape[3]) >= self.smallest_side
+            and x.shape[0] > 0
+        )
+
+
+def unobserved(x: Tensor) -> bool:
+    """Whether a call with ``x`` runs operators and nothing else: no gradients of either mode, autocast, tracing, transform of
+    ``torch.func``, dispatch mode or profiler.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or ops.in_forward_ad()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or ops.autocasts(x.device.type)
+    )
+
+
+def inception(x: Tensor, convs: Sequence[ConvParams], backend: str) -> DirectCall:
+    """``ops.inception`` with ``cache``, for inputs like ``x``; it must have run with these arguments."""
+    packed = ops.pack(convs, x.dtype, cache=True)
+    spec = packed.spec
+    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, spec))
+    prepared = ops.prepare(chosen, packed, x.shape)
+
+    def run(x: Tensor) -> Tensor:
+        out = ops.allocate(x, spec.out_channels, x.shape[2], x.shape[3])
+        chosen.inception(x, packed, prepared, out)
+        return out
+
+    return DirectCall(run, registry.requested(backend), x.dtype, x.device, spec.in_channels, smallest_side=1)
+
+
+def conv2d_relu(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Sequence[int], backend: str) -> DirectCall:
+    """``ops.conv2d_relu`` with ``cache``, for inputs like ``x``; it must have run with these arguments."""
+    weight, bias = ops.fold(conv, x.dtype, cache=True)
+    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None))
+    prepared = ops.prepare_conv2d(chosen, weight, stride, padding, x.shape)
+
+    def run(x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return chosen.conv2d_relu(x, weight, bias, prepared, stride, padding)
+
+    _, in_channels, *kernel = weight.shape
+    smallest = max(size - 2 * pad for size, pad in zip(kernel, padding, strict=True))
+    return DirectCall(run, registry.requested(backend), x.dtype, x.device, in_channels, max(smallest, 1))
