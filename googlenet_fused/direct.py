@@ -79,7 +79,6 @@ def conv2d_relu(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Seq
     prepared = ops.prepare_conv2d(chosen, weight, stride, padding, x.shape)
 
     def run(x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
         return chosen.conv2d_relu(x, weight, bias, prepared, stride, padding)
 
     _, in_channels, *kernel = weight.shape

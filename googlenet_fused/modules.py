@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Literal, Self
 
 import torch
@@ -61,10 +60,12 @@ class _Fused(nn.Module):
 
     def _make_direct(self, x: Tensor, make: Callable[[], DirectCall]) -> None:
         """After a call with ``x`` that went through the operator: spare the next ones that."""
-        self._watch = None
-        if not self.training and unobserved(x) and not x.is_meta and x.numel():
-            with suppress(ValueError):
-                self._watch = ModuleWatch(self, make)
+        if not unobserved(x) or self.training or x.is_meta or not x.numel():
+            return
+        try:
+            self._watch = ModuleWatch(self, make)
+        except ValueError:
+            self._watch = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_watch"}

@@ -114,7 +114,7 @@ def conv2d_relu(
         NotImplementedError: forward-mode differentiation.
     """
     _refuse_forward_ad(x, *_tensors(conv))
-    x = _autocast_input(x, conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    x = _autocast_input(x, conv.weight.dtype)
     return torch.ops.googlenet_fused.conv2d_relu.default(
         x, conv.weight, conv.bias, list(conv.norm or ()), conv.eps, stride, padding, backend, cache
     )

@@ -103,7 +103,7 @@ class ModuleWatch(Generic[Watched]):
         slots: list[tuple[dict[str, Any], str, Any]] = []
         for child in module.modules():
             for registry in (child._modules, child._parameters, child._buffers):
-                slots += [(registry, name, member) for name, member in registry.items()]
+                slots += [(registry, name, member) for name, member in registry.items() if not _is_counter(member)]
             followed = _FOLLOWED_ATTRIBUTES.get(type(child), ()) if child is not module else ("training",)
             slots += [(vars(child), name, vars(child)[name]) for name in followed]
         self._registries, self._names, self._members = zip(*slots, strict=True)
@@ -131,6 +131,10 @@ _FOLLOWED_ATTRIBUTES: dict[type[Module], tuple[str, ...]] = {
     Conv2d: ("stride", "padding"),
 }
 _version_of = attrgetter("_version")
+
+
+def _is_counter(member: object) -> bool:
+    return isinstance(member, Tensor) and not member.is_floating_point()  # num_batches_tracked: nothing is derived from it
 
 
 def _states(sources: Sequence[Tensor]) -> list[tuple[int, int]] | None:

@@ -16,6 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from googlenet_fused import FusedInception, InceptionSpec, inception
 from googlenet_fused.blocks import Inception
 from googlenet_fused.modules import FusedConv2d
+from googlenet_fused.ops import conv2d_relu
 from googlenet_fused.packing import BatchNormParams, ConvParams
 from googlenet_fused.tolerance import check_close
 
@@ -132,6 +133,50 @@ def test_fast_gradcheck_and_gradgradcheck_of_a_wider_module(large_kernel: int, n
 
     assert gradcheck(run, (x, *leaves), fast_mode=True)
     assert gradgradcheck(run, (x, *leaves), fast_mode=True)
+
+
+STEM_GEOMETRY = {"3x3": (3, 1, 1), "7x7 stride 2": (7, 2, 3), "1x1": (1, 1, 0)}
+
+
+def stem_case(
+    kernel_size: int, stride: int, padding: int
+) -> tuple[Tensor, list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    """Input, leaves, and the stem's convolution fused and out of torch's functions, in fp64 and away from every kink."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(2, 3, 7, 5), (4, 3, kernel_size, kernel_size), (4,), (4,), (4,)]
+        x, *leaves = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+        mean, variance = torch.randn(4, dtype=torch.float64) * 0.1, torch.rand(4, dtype=torch.float64) + 0.5
+
+        def normed(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+            x = F.conv2d(x, weight, bias, stride, padding)
+            return F.batch_norm(x, mean, variance, gamma, beta, eps=1e-3)  # noqa: B023
+
+        def fused(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+            conv = ConvParams(weight * 1, bias, BatchNormParams(gamma, beta, mean, variance), 1e-3)  # noqa: B023
+            return conv2d_relu(x, conv, stride=(stride, stride), padding=(padding, padding))
+
+        if normed(x, *leaves).abs().min() > KINK_MARGIN:
+            return x, leaves, fused, lambda *tensors: normed(*tensors).relu()
+    raise AssertionError("every input tried is near a kink")
+
+
+@pytest.mark.parametrize("geometry", STEM_GEOMETRY)
+def test_gradcheck_and_gradgradcheck_of_the_stem(geometry: str) -> None:
+    x, leaves, fused, _ = stem_case(*STEM_GEOMETRY[geometry])
+    assert gradcheck(fused, (x, *leaves))
+    assert gradgradcheck(fused, (x, *leaves), fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", GRAD_LAYOUTS)
+@pytest.mark.parametrize("geometry", STEM_GEOMETRY)
+def test_gradients_of_the_stem_arrive_in_any_layout(geometry: str, layout: str) -> None:
+    x, leaves, fused, plain = stem_case(*STEM_GEOMETRY[geometry])
+    out = fused(x, *leaves)
+    grad = GRAD_LAYOUTS[layout](torch.randn(out.shape, dtype=torch.float64))
+    found = torch.autograd.grad(out, (x, *leaves), grad)
+    expected = torch.autograd.grad(plain(x, *leaves), (x, *leaves), grad)
+    torch.testing.assert_close(found, expected, **FP64_TOLERANCE)
 
 
 @pytest.mark.parametrize("of", ["face", "operator"])

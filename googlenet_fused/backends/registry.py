@@ -89,7 +89,7 @@ class Backend(ABC):
         padding: Sequence[int],
     ) -> Tensor:
         """``relu(conv2d(x, weight, bias))``, channels_last. Torch's own operators unless a backend has something better."""
-        out = F.conv2d(x, weight, bias, stride, padding).relu_()
+        out = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, stride, padding).relu_()
         return torch.empty_like(out, memory_format=torch.channels_last).copy_(out)
 
 
