@@ -132,6 +132,8 @@ def fuse(
 def unfuse(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with plain blocks again, of the classes they had before ``fuse``. Parameters and modes are kept.
 
+    A block of a class derived from a fused one stays as it is, with a warning.
+
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
@@ -139,7 +141,13 @@ def unfuse(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
     def unfuse_block(module: nn.Module, name: str) -> nn.Module | None:
-        return module.to_plain() if type(module) in _FUSED_CLASSES.values() else None  # type: ignore[operator]
+        if isinstance(module, FusedInception | FusedConv2d):
+            if type(module) in _FUSED_CLASSES.values():
+                return module.to_plain()
+            logger.warning(
+                "unfuse: %s is a %s, a class of its own, and stays fused", name or "the model", type(module).__name__
+            )
+        return None
 
     with torch.inference_mode(False):
         model = _replace(copy.deepcopy(model), unfuse_block)

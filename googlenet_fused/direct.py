@@ -40,12 +40,25 @@ class DirectCall(NamedTuple):
         )
 
 
+# Not documented interfaces, all of them.
+_CAN_TELL = all(
+    hasattr(owner, name)
+    for owner, name in (
+        (torch._C, "_len_torch_dispatch_stack"),
+        (getattr(torch._C, "_functorch", None), "peek_interpreter_stack"),
+        (torch._C, "_get_tracing_state"),
+        (getattr(torch._C, "_autograd", None), "_profiler_enabled"),
+    )
+)
+
+
 def unobserved(x: Tensor) -> bool:
     """Whether a call with ``x`` runs operators and nothing else: no gradients of either mode, autocast, tracing, transform of
-    ``torch.func``, dispatch mode or profiler.
+    ``torch.func``, dispatch mode or profiler. False, too, where this torch cannot tell.
     """
     return not (
         torch.compiler.is_compiling()
+        or not _CAN_TELL
         or torch.is_grad_enabled()
         or type(x) is not Tensor
         or ops.in_forward_ad()

@@ -53,10 +53,12 @@ class _Fused(nn.Module):
 
     def _direct(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The forward pass for ``x`` without the operator, if that is ready and the module unchanged."""
-        if not unobserved(x) or self._watch is None or not self._watch.intact(self):
+        if not unobserved(x):  # first, so that a compiler sees no attribute that changes
             return None
-        call = self._watch.value
-        return call.run if call.serves(x, self.backend) else None
+        watch = self._watch
+        if watch is None or not watch.intact(self):
+            return None
+        return watch.value.run if watch.value.serves(x, self.backend) else None
 
     def _make_direct(self, x: Tensor, make: Callable[[], DirectCall]) -> None:
         """After a call with ``x`` that went through the operator: spare the next ones that."""

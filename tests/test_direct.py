@@ -84,7 +84,7 @@ def test_a_profile_names_the_operator(kind: str) -> None:
     module = make(kind)
     with torch.no_grad():
         module(image())
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.autograd.profiler.profile() as profile:
             module(image())
     assert any(event.key.startswith("googlenet_fused::") for event in profile.key_averages())
 
@@ -100,7 +100,7 @@ OBSERVERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "forward mode": _in_forward_mode,
     "dispatch mode": Seen,
-    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "profiler": torch.autograd.profiler.profile,
 }
 
 

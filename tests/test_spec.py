@@ -32,6 +32,10 @@ def test_row(name: str) -> None:
     assert list(spec) == [in_channels, *widths, 5]
     assert spec.out_channels == out_channels
     assert spec.shared_channels == widths[0] + widths[1] + widths[3]
+    shared = list(range(spec.shared_channels))
+    lengths = [len(shared[channels]) for channels in spec.shared_slices]
+    assert lengths == [spec.ch1x1, spec.ch3x3red, spec.ch5x5red]
+    assert [i for channels in spec.shared_slices for i in shared[channels]] == shared
     assert spec.weight_count == weights
     assert GOOGLENET_SIDES[name] == side
     assert round(spec.macs(side, side) / 1e6, 2) == mega_macs
