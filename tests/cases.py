@@ -1,18 +1,26 @@
-"""The cases that tests and benchmarks share: shapes, inputs in every layout, exact integers, guarded buffers."""
+"""What tests share: shapes, models, inputs in every layout, exact integers, guarded buffers, comparisons and copies."""
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from googlenet_fused.blocks import Inception, Norm
-from googlenet_fused.modules import FusedInception
+from googlenet_fused import FusionReport, googlenet
+from googlenet_fused.backends import registry
+from googlenet_fused.blocks import BasicConv2d, Inception, Norm
+from googlenet_fused.modules import FusedConv2d, FusedInception
 from googlenet_fused.packing import ConvParams
 from googlenet_fused.randomize import randomize_
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec
+from googlenet_fused.tolerance import judge
 
 GOOGLENET_MODULES: dict[str, tuple[InceptionSpec, int]] = {
     name: (spec, GOOGLENET_SIDES[name]) for name, spec in GOOGLENET_SPECS.items()
@@ -36,6 +44,33 @@ SMALL_SIZES: list[tuple[int, int, int]] = [(1, 1, 1), (2, 7, 7), (1, 5, 9), (3, 
 INTEGER_LIMIT = 3
 
 
+def can_run(dtype: torch.dtype) -> list[str]:
+    """The backends that run Inception modules of this dtype on this machine's CPU."""
+    problem = registry.Problem(torch.device("cpu"), dtype, TINY)
+    return [name for name in registry.names() if registry.get(name).supports(problem) is None]
+
+
+def assert_same(actual: object, expected: object, label: str = "", *, equal_nan: bool = False) -> None:
+    """Tensors, or dictionaries of them, with exactly the same values."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=equal_nan, msg=lambda text: f"{label}: {text}")
+
+
+def assert_agrees(fused: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    comparison = judge(fused, plain, x)
+    assert comparison.ok, comparison
+
+
+def through_pickle(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def through_a_file(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def both_kernels(spec: InceptionSpec) -> list[InceptionSpec]:
     return [replace(spec, large_kernel=3), replace(spec, large_kernel=5)]
 
@@ -48,6 +83,78 @@ def plain_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0) ->
 def fused_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0, backend: str = "auto") -> FusedInception:
     """The fused module with the same parameters as ``plain_inception``."""
     return FusedInception.from_module(plain_inception(spec, norm, seed), backend=backend)
+
+
+def small_model(spec: InceptionSpec = ODD_SPECS["primes"]) -> nn.Module:
+    """A stem and an Inception module: quick, with both kinds of blocks."""
+    stem = BasicConv2d(3, spec.in_channels, kernel_size=3, stride=2, padding=1)
+    return randomize_(nn.Sequential(stem, Inception.from_spec(spec), nn.AdaptiveAvgPool2d(1))).eval()
+
+
+def plain_googlenet(host: str = "torchvision's own", **options: Any) -> nn.Module:
+    """torchvision's own network, or ours in one of its variants, in evaluation mode and with ten classes."""
+    options = {"num_classes": 10, "init_weights": False, **options}
+    if host != "torchvision's own":
+        return randomize_(googlenet(host, **options)).eval()  # type: ignore[arg-type]
+    # Here, so that the tests that do without torchvision's network run without torchvision.
+    from torchvision.models import GoogLeNet
+
+    return randomize_(GoogLeNet(**options)).eval()
+
+
+def report_of(model: nn.Module) -> FusionReport:
+    report = model.fusion_report
+    assert isinstance(report, FusionReport)
+    return report
+
+
+def outcome(model: nn.Module) -> dict[str, bool]:
+    """Which blocks of a model from ``fuse`` are fused, by name."""
+    return {block.name: block.fused for block in report_of(model).blocks}
+
+
+class TinyNet(nn.Module):
+    """A model with GoogLeNet's key names, in a few hundred numbers."""
+
+    def __init__(self, classes: int = 5, aux: bool = False) -> None:
+        super().__init__()
+        self.transform_input = False
+        self.conv1 = BasicConv2d(3, 4, kernel_size=3)
+        if aux:
+            self.aux1 = nn.Sequential(nn.Linear(4, 3))
+            self.aux2 = nn.Sequential(nn.Linear(4, 3))
+        self.fc = nn.Linear(4, classes)
+
+
+def tiny_state(**kwargs: Any) -> dict[str, Tensor]:
+    """A ``TinyNet``'s state_dict, every floating-point value drawn at random."""
+    state = TinyNet(**kwargs).state_dict()
+    return {key: torch.randn_like(value) if value.is_floating_point() else value + 7 for key, value in state.items()}
+
+
+def save_tensors(tensors: Any, path: Path, **kwargs: Any) -> Path:
+    """As safetensors or by ``torch.save``, as the suffix of ``path`` says."""
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(tensors, path)
+    else:
+        torch.save(tensors, path, **kwargs)
+    return path
+
+
+def message_of(error: pytest.ExceptionInfo[BaseException]) -> str:
+    """The error's text, which must be one line."""
+    text = str(error.value)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+def plain_conv(norm: Norm = "batch", in_channels: int = 3, out_channels: int = 11, **options: Any) -> BasicConv2d:
+    return randomize_(BasicConv2d(in_channels, out_channels, norm=norm, **{"kernel_size": 3, **options})).eval()
+
+
+def fused_conv(norm: Norm = "batch", backend: str = "auto", **options: Any) -> FusedConv2d:
+    return FusedConv2d.from_module(plain_conv(norm, **options), backend=backend)
 
 
 def random_input(

@@ -125,6 +125,18 @@ def test_bf16(backend: str, host: str, shape: Shape) -> None:
     assert_parity(host, torch.bfloat16, backend, shape)
 
 
+# torch computes float16 slowly on a CPU, and fusing a network checks every block, so there are few shapes and two networks.
+FP16: dict[str, list[Shape]] = {
+    "torchvision's own": [(0, 64, 64), (1, 15, 15), (2, 16, 31), (5, 31, 31), (1, 64, 64)],
+    "bvlc": [(1, 31, 31), (2, 32, 47)],
+}
+
+
+@grid(torch.float16, FP16)
+def test_fp16(backend: str, host: str, shape: Shape) -> None:
+    assert_parity(host, torch.float16, backend, shape)
+
+
 FP64: dict[str, list[Shape]] = {
     "torchvision's own": [(0, 64, 64), (1, 15, 15), (1, 64, 64), (2, 31, 48), (5, 16, 16)],
     "torchvision": [(1, 16, 15)],
@@ -276,6 +288,7 @@ WRONG_IN_FP32 = [*WRONG_ANYWHERE, one_weight, one_weight_in_the_middle, one_laye
         *(("torchvision's own", torch.float32, spoil) for spoil in (*WRONG_IN_FP32, another_eps, statistics_forgotten)),
         *(("bvlc", torch.float32, spoil) for spoil in (*WRONG_IN_FP32, biases_forgotten)),
         *(("torchvision's own", torch.bfloat16, spoil) for spoil in (*WRONG_ANYWHERE, statistics_forgotten)),
+        ("torchvision's own", torch.float16, zero_one_third_branch),
         *(("torchvision's own", torch.float64, spoil) for spoil in (zero_one_third_branch, one_weight)),
     ],
     ids=lambda value: getattr(value, "__name__", str(value).removeprefix("torch.")),

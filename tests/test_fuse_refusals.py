@@ -1,0 +1,79 @@
+"""What ``fuse`` leaves plain, with the reason, and calls that it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import TINY, outcome, report_of, small_model
+from torch import Tensor, nn
+from torchvision.models.googlenet import GoogLeNet as TorchvisionGoogLeNet
+from torchvision.models.googlenet import Inception as TorchvisionInception
+
+from googlenet_fused import BackendError, fuse, unfuse, use_backend
+from googlenet_fused.randomize import randomize_
+
+
+@pytest.mark.parametrize("on_mismatch", ["raise", "keep"])
+def test_a_named_backend_that_cannot_run_is_an_error(on_mismatch: str) -> None:
+    message = r"backend 'cpu' cannot run .* in float64 on cpu: .*not float64"
+    with pytest.raises(BackendError, match=message):
+        fuse(small_model().double(), backend="cpu", on_mismatch=on_mismatch)  # type: ignore[arg-type]
+    with use_backend("cpu"), pytest.raises(BackendError, match=message):
+        fuse(small_model().double())
+
+
+@pytest.mark.parametrize("model", [None, 3, "googlenet", torch.zeros(1), TorchvisionGoogLeNet])
+def test_not_a_module(model: object) -> None:
+    for function in (fuse, unfuse):
+        with pytest.raises(TypeError, match=f"model must be an nn.Module, got {type(model).__name__}"):
+            function(model)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("on_mismatch", ["ignore", None, True])
+def test_wrong_on_mismatch(on_mismatch: object) -> None:
+    with pytest.raises(ValueError, match=f"on_mismatch must be 'raise' or 'keep', got {on_mismatch!r}"):
+        fuse(small_model(), on_mismatch=on_mismatch)  # type: ignore[arg-type]
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'gpu': choose one of 'auto'"):
+        fuse(small_model(), backend="gpu")
+
+
+class Gated(TorchvisionInception):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
+
+
+def test_a_subclass_is_left_alone_whole() -> None:
+    plain = randomize_(nn.Sequential(Gated(*list(TINY)[:7]), nn.Identity())).eval()
+    fused = fuse(plain)
+    assert outcome(fused) == {"0": False}
+    assert "Gated is not an Inception module" in (report_of(fused).blocks[0].reason or "")
+    assert [type(module) for module in fused.modules()] == [type(module) for module in plain.modules()]
+
+
+class Lookalike(nn.Module):
+    """Another Inception: the name alone does not make a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch1 = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch1(x)
+
+
+Lookalike.__name__ = Lookalike.__qualname__ = "Inception"
+
+
+def test_another_class_called_inception_is_no_block() -> None:
+    assert report_of(fuse(nn.Sequential(Lookalike()))).blocks == []
+
+
+def test_sync_batch_norm_is_left_alone_with_the_reason() -> None:
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(small_model())
+    fused = fuse(plain)
+    assert outcome(fused) == {"0": False, "1": False}
+    assert report_of(fused).blocks[0].reason == "its norm is a SyncBatchNorm, not an nn.BatchNorm2d"
+    assert report_of(fused).blocks[1].reason == "branch1: its norm is a SyncBatchNorm, not an nn.BatchNorm2d"
