@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from googlenet_fused import ops
+from googlenet_fused import kept_weights, ops
 from googlenet_fused.backends import registry
 from googlenet_fused.packing import ConvParams
 
@@ -72,10 +72,10 @@ def unobserved(x: Tensor) -> bool:
 
 def inception(x: Tensor, convs: Sequence[ConvParams], backend: str) -> DirectCall:
     """``ops.inception`` with ``cache``, for inputs like ``x``; it must have run with these arguments."""
-    packed = ops.pack(convs, x.dtype, cache=True)
+    packed = kept_weights.pack(convs, x.dtype, cache=True)
     spec = packed.spec
     chosen = registry.select(backend, registry.Problem(x.device, x.dtype, spec))
-    prepared = ops.prepare(chosen, packed, x.shape)
+    prepared = kept_weights.prepare(chosen, packed, x.shape)
 
     def run(x: Tensor) -> Tensor:
         out = ops.allocate(x, spec.out_channels, x.shape[2], x.shape[3])
@@ -87,9 +87,9 @@ def inception(x: Tensor, convs: Sequence[ConvParams], backend: str) -> DirectCal
 
 def conv2d_relu(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Sequence[int], backend: str) -> DirectCall:
     """``ops.conv2d_relu`` with ``cache``, for inputs like ``x``; it must have run with these arguments."""
-    weight, bias = ops.fold(conv, x.dtype, cache=True)
+    weight, bias = kept_weights.fold(conv, x.dtype, cache=True)
     chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None))
-    prepared = ops.prepare_conv2d(chosen, weight, stride, padding, x.shape)
+    prepared = kept_weights.prepare_conv2d(chosen, weight, stride, padding, x.shape)
 
     def run(x: Tensor) -> Tensor:
         return chosen.conv2d_relu(x, weight, bias, prepared, stride, padding)

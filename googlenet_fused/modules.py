@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from googlenet_fused import direct as direct_call
+from googlenet_fused import kept_weights
 from googlenet_fused.backends import registry
 from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm
 from googlenet_fused.direct import DirectCall, unobserved
-from googlenet_fused.ops import conv2d_relu, forget_packed, inception
+from googlenet_fused.ops import conv2d_relu, inception
 from googlenet_fused.packing import BatchNormParams, ConvParams, spec_of_weights
 from googlenet_fused.parameter_cache import ModuleWatch
 from googlenet_fused.spec import InceptionSpec
@@ -49,7 +50,7 @@ class _Fused(nn.Module):
     def repack(self) -> None:
         """Forget the packed weights. Needed only after a change that cannot be seen, as through ``weight.data``."""
         self._watch = None
-        forget_packed([_conv_params(block) for block in self._conv_blocks()])
+        kept_weights.forget([_conv_params(block) for block in self._conv_blocks()])
 
     def _direct(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The forward pass for ``x`` without the operator, if that is ready and the module unchanged."""

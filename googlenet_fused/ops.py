@@ -12,7 +12,7 @@ functions and modules that refuse; an operator of ``torch.ops`` called directly 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from googlenet_fused.backends import registry
+from googlenet_fused.kept_weights import fold, pack, prepare, prepare_conv2d, tensors_of
 from googlenet_fused.packing import (
     BatchNormParams,
     ConvParams,
@@ -29,10 +30,8 @@ from googlenet_fused.packing import (
     check_convs,
     fold_batch_norm,
     fold_batch_norm_backward,
-    pack_inception,
     spec_of_weights,
 )
-from googlenet_fused.parameter_cache import ParameterCache
 from googlenet_fused.spec import InceptionSpec
 
 aten = torch.ops.aten
@@ -53,10 +52,6 @@ _library.define(
     "str backend='auto', bool cache=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-
-_packed: ParameterCache[PackedInception] = ParameterCache()
-_folded: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
-_prepared: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
 
 
 def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry.AUTO, cache: bool = False) -> Tensor:
@@ -87,7 +82,7 @@ def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry
     if len(convs) != 6:
         raise ValueError(f"convs must hold the six convolutions of InceptionSpec.convs, got {len(convs)}")
     # Here, since under torch.func.jvp the operator itself is handed tensors without their tangents.
-    _refuse_forward_ad(x, *(tensor for conv in convs for tensor in _tensors(conv)))
+    _refuse_forward_ad(x, *(tensor for conv in convs for tensor in tensors_of(conv)))
     x = _autocast_input(x, convs[0].weight.dtype)
     if torch.compiler.is_compiling() or _differentiates(x, convs):
         return torch.ops.googlenet_fused.inception.default(x, *_flatten(convs), backend, cache)
@@ -113,7 +108,7 @@ def conv2d_relu(
         BackendError: the backend that was named cannot run this.
         NotImplementedError: forward-mode differentiation.
     """
-    _refuse_forward_ad(x, *_tensors(conv))
+    _refuse_forward_ad(x, *tensors_of(conv))
     x = _autocast_input(x, conv.weight.dtype)
     return torch.ops.googlenet_fused.conv2d_relu.default(
         x, conv.weight, conv.bias, list(conv.norm or ()), conv.eps, stride, padding, backend, cache
@@ -142,20 +137,10 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
 
 
-def forget_packed(convs: Sequence[ConvParams]) -> None:
-    """Drop the weights packed for these convolutions, after a change that cannot be seen: a write through ``.data``."""
-    _packed.forget(convs[0].weight)
-    _folded.forget(convs[0].weight)
-
-
 def _differentiates(x: Tensor, convs: Sequence[ConvParams]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or any(tensor.requires_grad for conv in convs for tensor in _tensors(conv))
-
-
-def _tensors(conv: ConvParams) -> list[Tensor]:
-    return [conv.weight, *(() if conv.bias is None else (conv.bias,)), *(conv.norm or ())]
+    return x.requires_grad or any(tensor.requires_grad for conv in convs for tensor in tensors_of(conv))
 
 
 def _flatten(convs: Sequence[ConvParams]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
@@ -179,43 +164,6 @@ def _unflatten(
         )
         for i in range(6)
     ]
-
-
-def fold(conv: ConvParams, dtype: torch.dtype, cache: bool) -> tuple[Tensor, Tensor]:
-    """Weight and bias of ``conv`` in ``dtype``, batch norm folded; with ``cache``, kept until a tensor of it changes."""
-    if not cache:
-        with torch.no_grad():
-            return fold_batch_norm(conv, dtype)
-    weight, bias = _folded.get(_tensors(conv), (dtype, conv.eps), lambda: _detach(fold_batch_norm(conv, dtype)))
-    return weight, bias
-
-
-def pack(convs: Sequence[ConvParams], dtype: torch.dtype, cache: bool) -> PackedInception:
-    """The packed weights of six convolutions in ``dtype``; with ``cache``, kept until a tensor of them changes."""
-    if not cache:
-        with torch.no_grad():
-            return pack_inception(convs, dtype)
-    sources = [tensor for conv in convs for tensor in _tensors(conv)]
-    eps = tuple(conv.eps for conv in convs)
-    return _packed.get(sources, (dtype, eps), lambda: PackedInception(*_detach(pack_inception(convs, dtype))))
-
-
-def prepare(backend: registry.Backend, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """``backend.prepare``, kept until a tensor of ``packed`` changes."""
-    return _prepared.get(packed, backend.name, lambda: backend.prepare(packed, input_shape))
-
-
-def prepare_conv2d(
-    backend: registry.Backend, weight: Tensor, stride: Sequence[int], padding: Sequence[int], input_shape: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """``backend.prepare_conv2d``, kept until ``weight`` changes."""
-    key = (backend.name, *stride, *padding)
-    return _prepared.get([weight], key, lambda: backend.prepare_conv2d(weight, stride, padding, input_shape))
-
-
-def _detach(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    # Where nothing had to be folded or laid out anew a result is the parameter itself, which a cache must not keep alive.
-    return tuple(tensor.detach() for tensor in tensors)
 
 
 def _check_input(x: Tensor, spec: InceptionSpec, weight: Tensor) -> None:
@@ -419,7 +367,7 @@ def _conv2d_relu(
     cache: bool = False,
 ) -> Tensor:
     conv = _conv_of(weight, bias, norm, eps)
-    _refuse_forward_ad(x, *_tensors(conv))
+    _refuse_forward_ad(x, *tensors_of(conv))
     shape = _conv2d_relu_shape(x, conv, stride, padding)
     chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None))
     if 0 in shape:

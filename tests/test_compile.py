@@ -152,13 +152,13 @@ def test_the_graph_calls_the_operators() -> None:
 
 
 def test_the_weights_are_packed_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    from googlenet_fused import ops
+    from googlenet_fused import kept_weights
 
     fused = cases.fused_inception(cases.TINY)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     calls: list[object] = []
-    pack_inception = ops.pack_inception
-    monkeypatch.setattr(ops, "pack_inception", lambda *args: calls.append(args) or pack_inception(*args))
+    pack_inception = kept_weights.pack_inception
+    monkeypatch.setattr(kept_weights, "pack_inception", lambda *args: calls.append(args) or pack_inception(*args))
     with torch.no_grad():
         for _ in range(3):
             compiled(image())

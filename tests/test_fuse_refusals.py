@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from cases import TINY, outcome, report_of, small_model
+from cases import TINY, fused_conv, outcome, report_of, small_model
 from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNet as TorchvisionGoogLeNet
 from torchvision.models.googlenet import Inception as TorchvisionInception
 
-from googlenet_fused import BackendError, fuse, unfuse, use_backend
+from googlenet_fused import BackendError, CannotFuse, FusedInception, fuse, unfuse, use_backend
 from googlenet_fused.randomize import randomize_
 
 
@@ -51,6 +53,29 @@ def test_a_subclass_is_left_alone_whole() -> None:
     assert outcome(fused) == {"0": False}
     assert "Gated is not an Inception module" in (report_of(fused).blocks[0].reason or "")
     assert [type(module) for module in fused.modules()] == [type(module) for module in plain.modules()]
+
+
+class OwnFused(FusedInception):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
+
+
+def test_a_class_derived_from_a_fused_one_is_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(randomize_(OwnFused.from_spec(TINY)).eval())
+    fused = fuse(model)
+    assert report_of(fused).blocks[0].reason == "OwnFused is fused already, by a class of its own that is left as it is"
+    caplog.clear()
+    assert type(unfuse(fused)[0]) is OwnFused
+    (record,) = caplog.records
+    assert record.getMessage() == "unfuse: 0 is a OwnFused, a class of its own, and stays fused"
+    assert record.levelname == "WARNING"
+
+
+@pytest.mark.parametrize("make", [lambda: FusedInception.from_spec(TINY), fused_conv], ids=["inception", "stem"])
+def test_from_module_of_a_fused_block_says_that_it_is_fused(make: Callable[[], nn.Module]) -> None:
+    block = make()
+    with pytest.raises(CannotFuse, match=f"^{type(block).__name__} is fused already$"):
+        type(block).from_module(block)  # type: ignore[attr-defined]
 
 
 class Lookalike(nn.Module):

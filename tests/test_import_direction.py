@@ -15,6 +15,7 @@ LAYERS = (
     ("blocks",),
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),
+    ("kept_weights",),
     ("ops",),
     ("direct",),
     ("modules",),

@@ -19,6 +19,7 @@ from torchvision.models.googlenet import InceptionAux as TorchvisionAux
 from googlenet_fused import CannotFuse, FusedInception
 from googlenet_fused.blocks import BasicConv2d, Inception, Norm
 from googlenet_fused.models import GoogLeNet
+from googlenet_fused.packing import spec_of_weights
 from googlenet_fused.randomize import randomize_
 from googlenet_fused.spec import InceptionSpec
 
@@ -181,3 +182,18 @@ def test_as_a_block_of_our_network() -> None:
     plain = GoogLeNet(10, variant="bvlc", aux_logits=False, init_weights=False)
     fused.load_state_dict(randomize_(plain).state_dict(), strict=True)
     assert_agrees(fused.eval(), plain.eval(), torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("cls", [Inception, FusedInception])
+def test_from_spec(cls: type[Inception]) -> None:
+    for spec in (TINY, replace(TINY, large_kernel=3)):
+        module = cls.from_spec(spec, norm=None)
+        assert type(module) is cls
+        assert spec_of_weights([p for n, p in module.named_parameters() if n.endswith("conv.weight")]) == spec
+        assert module.branch1.bn is None
+
+
+@pytest.mark.parametrize("cls", [Inception, FusedInception])
+def test_a_spec_unpacked_into_the_constructor_names_from_spec(cls: type[Inception]) -> None:
+    with pytest.raises(TypeError, match=rf"conv_block must be .*, got 5; .*{cls.__name__}\.from_spec\(spec\)"):
+        cls(*TINY)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import torch
 from cases import ODD_SPECS, TINY, assert_agrees, assert_same, can_run, fused_conv, fused_inception, random_input
 from torch import Tensor, nn
 
-from googlenet_fused import FusedInception, ops, parameter_cache
+from googlenet_fused import FusedInception, kept_weights, parameter_cache
 from googlenet_fused.backends import cpu
 from googlenet_fused.blocks import Norm
 from googlenet_fused.randomize import randomize_
@@ -259,8 +259,8 @@ def test_a_write_through_data_into_a_bias_is_followed_after_notice(backend: str,
 @every_backend
 def test_weights_are_packed_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[torch.dtype] = []
-    pack = ops.pack_inception
-    monkeypatch.setattr(ops, "pack_inception", lambda convs, dtype: (packed.append(dtype), pack(convs, dtype))[1])
+    pack = kept_weights.pack_inception
+    monkeypatch.setattr(kept_weights, "pack_inception", lambda convs, dtype: (packed.append(dtype), pack(convs, dtype))[1])
     module = fused_inception(PRIMES, backend=backend)
     with torch.no_grad():
         for size in ((1, 4, 4), (3, 5, 2), (1, 4, 4)):
@@ -303,7 +303,7 @@ def test_weights_packed_under_inference_mode_are_kept(
     norm: Norm, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made: list[str] = []
-    for owner, name in ((ops, "pack_inception"), (cpu, "_prepack")):
+    for owner, name in ((kept_weights, "pack_inception"), (cpu, "_prepack")):
         original = getattr(owner, name)
         monkeypatch.setattr(
             owner, name, lambda *args, _f=original, _n=name, **kwargs: (made.append(_n), _f(*args, **kwargs))[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from googlenet_fused import FusedInception, ops, parameter_cache
+from googlenet_fused import FusedInception, kept_weights, ops, parameter_cache
 from googlenet_fused.blocks import Inception
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.parameter_cache import ParameterCache
@@ -42,13 +42,13 @@ def cache() -> ParameterCache[Tensor]:
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for each time that a module's weights are packed."""
     calls: list[object] = []
-    pack_inception = ops.pack_inception
+    pack_inception = kept_weights.pack_inception
 
     def counting(*arguments: object) -> object:
         calls.append(arguments)
         return pack_inception(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ops, "pack_inception", counting)
+    monkeypatch.setattr(kept_weights, "pack_inception", counting)
     return calls
 
 
@@ -56,13 +56,13 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for each time that the stem's weights are folded."""
     calls: list[object] = []
-    fold_batch_norm = ops.fold_batch_norm
+    fold_batch_norm = kept_weights.fold_batch_norm
 
     def counting(*arguments: object) -> object:
         calls.append(arguments)
         return fold_batch_norm(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ops, "fold_batch_norm", counting)
+    monkeypatch.setattr(kept_weights, "fold_batch_norm", counting)
     return calls
 
 

@@ -1,0 +1,68 @@
+"""The weights that operators and modules run on, made of a model's parameters and kept until one of those changes.
+
+Three steps, each kept: batch norm folded and siblings merged (``fold``, ``pack``), then whatever a backend makes of the result
+(``prepare``, ``prepare_conv2d``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from googlenet_fused.backends.registry import Backend
+from googlenet_fused.packing import ConvParams, PackedInception, fold_batch_norm, pack_inception
+from googlenet_fused.parameter_cache import ParameterCache
+
+_packed: ParameterCache[PackedInception] = ParameterCache()
+_folded: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
+_prepared: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
+
+
+def fold(conv: ConvParams, dtype: torch.dtype, cache: bool) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``conv`` in ``dtype``, batch norm folded; with ``cache``, kept until a tensor of it changes."""
+    if not cache:
+        with torch.no_grad():
+            return fold_batch_norm(conv, dtype)
+    weight, bias = _folded.get(tensors_of(conv), (dtype, conv.eps), lambda: _detach(fold_batch_norm(conv, dtype)))
+    return weight, bias
+
+
+def pack(convs: Sequence[ConvParams], dtype: torch.dtype, cache: bool) -> PackedInception:
+    """The packed weights of six convolutions in ``dtype``; with ``cache``, kept until a tensor of them changes."""
+    if not cache:
+        with torch.no_grad():
+            return pack_inception(convs, dtype)
+    sources = [tensor for conv in convs for tensor in tensors_of(conv)]
+    eps = tuple(conv.eps for conv in convs)
+    return _packed.get(sources, (dtype, eps), lambda: PackedInception(*_detach(pack_inception(convs, dtype))))
+
+
+def prepare(backend: Backend, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """``backend.prepare``, kept until a tensor of ``packed`` changes."""
+    return _prepared.get(packed, backend.name, lambda: backend.prepare(packed, input_shape))
+
+
+def prepare_conv2d(
+    backend: Backend, weight: Tensor, stride: Sequence[int], padding: Sequence[int], input_shape: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """``backend.prepare_conv2d``, kept until ``weight`` changes."""
+    key = (backend.name, *stride, *padding)
+    return _prepared.get([weight], key, lambda: backend.prepare_conv2d(weight, stride, padding, input_shape))
+
+
+def _detach(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    # Where nothing had to be folded or laid out anew a result is the parameter itself, which a cache must not keep alive.
+    return tuple(tensor.detach() for tensor in tensors)
+
+
+def forget(convs: Sequence[ConvParams]) -> None:
+    """Drop the weights packed for these convolutions, after a change that cannot be seen: a write through ``.data``."""
+    _packed.forget(convs[0].weight)
+    _folded.forget(convs[0].weight)
+
+
+def tensors_of(conv: ConvParams) -> list[Tensor]:
+    """The weight, then what there is of the bias and the batch norm."""
+    return [conv.weight, *(() if conv.bias is None else (conv.bias,)), *(conv.norm or ())]
