@@ -1,16 +1,20 @@
 """The command ``googlenet-fused``: doctor, demo, classify, bench.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130
-interrupted. A user's mistake is answered with one line; a traceback means a defect of this package.
+interrupted. A user's mistake is answered with one line; a traceback means a defect of this package. What the package logs from
+INFO on, such as why a backend was chosen, is shown on standard error too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +22,8 @@ from googlenet_fused import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from googlenet_fused.demo import Network
 
 PROG = "googlenet-fused"
 VARIANTS = ("torchvision", "bvlc")
@@ -42,21 +48,52 @@ class _Parser(argparse.ArgumentParser):
     """argparse without its usage block: one line that says what is wrong, and where help is."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{PROG}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(UsageError.code)
+        sys.exit(_failed(f"{message} (see {self.prog} --help)", UsageError.code))
+
+
+class _LogLines(logging.Handler):
+    """The package's log as lines on standard error, each said once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The stem and the modules are announced apart; without what it was made for, the same choice reads the same.
+        message = re.sub(r"^(auto chose backend \S+) for [^(]*", r"\1 ", record.getMessage())
+        if message not in self._said:
+            self._said.add(message)
+            _say(f"warning: {message}" if record.levelno >= logging.WARNING else message)
+
+
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Shows the package's log from INFO on, and nowhere else; the logger is as before afterwards."""
+    logger, handler = logging.getLogger("googlenet_fused"), _LogLines()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; ``argv`` is without the program's name."""
     try:
         arguments = _parser().parse_args(argv)
-        code: int = arguments.run(arguments)
+        with _log_shown():
+            code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as leaving:  # argparse leaves this way after --help, --version and wrong usage
         return leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python's own flush at exit must not complain about it.
@@ -77,8 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
+def _say(message: str) -> None:
+    print(f"{PROG}: {' '.join(message.split())}", file=sys.stderr)
+
+
 def _failed(message: str, code: int = CommandError.code) -> int:
-    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    _say(f"error: {message}")
     return code
 
 
@@ -87,21 +128,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    doctor = commands.add_parser("doctor", help="what is installed, which backends can run here, and why the others cannot")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, which backends can run here, and why the others cannot",
+        description="Say what is installed, which backends can run here, and why the others cannot.",
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser("demo", help="run plain and fused GoogLeNet on real photographs and compare them")
-    demo.add_argument(
-        "--output",
-        type=Path,
-        default=Path("demo-output"),
-        metavar="DIR",
-        help="for the chart and the report (default: %(default)s)",
+    demo = commands.add_parser(
+        "demo",
+        help="run plain and fused GoogLeNet on real photographs and compare them",
+        description="Run plain and fused GoogLeNet on the photographs that come with scikit-image, and compare their answers "
+        "and their times. Without the published weights and without a network to fetch them, both are untrained.",
     )
+    _add_output(demo, "demo-output", "report")
     demo.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a .pth or .safetensors file (default: the published weights)"
+        "--weights",
+        type=_path,
+        metavar="FILE",
+        help="a .pth or .safetensors file for the torchvision variant (default: the published weights)",
     )
+    _add_transform_input(demo)
     demo.set_defaults(run=_demo)
 
     classify = commands.add_parser(
@@ -110,9 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Name what is in images. They are prepared as the published weights expect, whatever the variant: RGB, "
         "shorter side 256, centre crop 224, ImageNet mean and deviation.",
     )
-    classify.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
+    classify.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files, and folders of them")
     classify.add_argument(
         "--weights",
+        type=_path,
         default="default",
         metavar="FILE|default|random",
         help="a .pth or .safetensors file; default: torchvision's published weights, downloaded once; "
@@ -121,11 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet the weights are for (default: %(default)s)"
     )
-    classify.add_argument(
-        "--transform-input",
-        action="store_true",
-        help="the weights expect input in [-1, 1], as the published ones do (known of the published file itself)",
-    )
+    _add_transform_input(classify)
     classify.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
     classify.add_argument(
         "--top", type=_positive, default=5, metavar="N", help="how many classes to name (default: %(default)s)"
@@ -133,25 +178,56 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--json", action="store_true", help="print JSON instead of text")
     classify.set_defaults(run=_classify)
 
-    bench = commands.add_parser("bench", help="time plain against fused GoogLeNet on this machine")
+    bench = commands.add_parser(
+        "bench",
+        help="time plain against fused GoogLeNet on this machine",
+        description="Time plain against fused GoogLeNet on this machine, for every pair of batch size and dtype, once their "
+        "outputs are found to agree. The weights are seeded, the input is noise.",
+    )
     bench.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
-    bench.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"], help="dtypes (default: fp32)")
-    bench.add_argument("--variant", choices=VARIANTS, default="torchvision", help="default: %(default)s")
+    bench.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        default=["fp32"],
+        metavar="DTYPE",
+        help=f"dtypes among {', '.join(DTYPES)} (default: fp32)",
+    )
+    bench.add_argument("--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet (default: %(default)s)")
     bench.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: as torch chooses)")
     bench.add_argument(
         "--rounds", type=_positive, default=20, metavar="N", help="rounds of 5 timed calls each (default: %(default)s)"
     )
-    bench.add_argument(
-        "--output",
-        type=Path,
-        default=Path("bench-output"),
-        metavar="DIR",
-        help="for the chart and the results (default: %(default)s)",
-    )
+    _add_output(bench, "bench-output", "results")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _add_output(command: argparse.ArgumentParser, default: str, what: str) -> None:
+    command.add_argument(
+        "--output",
+        type=_path,
+        default=default,
+        metavar="DIR",
+        help=f"a folder for the chart and the {what} (default: %(default)s)",
+    )
+
+
+def _add_transform_input(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--transform-input",
+        action="store_true",
+        help="the weights expect input in [-1, 1], as the published ones do (known of the published file itself)",
+    )
+
+
+def _path(text: str) -> str:
+    """A path that is not empty: an empty one, as an unset shell variable leaves it, would stand for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return text
 
 
 def _positive(text: str) -> int:
@@ -177,6 +253,15 @@ def _check_backend(name: str) -> None:
         raise CommandError(f"backend {name!r} is not available on this machine: {reason}")
 
 
+def _output_folder(name: str) -> Path:
+    """The folder for a command's output, made before any work is done."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"argument --output: cannot make the folder {name}: {error.strerror}; name another") from error
+    return Path(name)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from googlenet_fused import info
 
@@ -189,7 +274,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     from googlenet_fused import demo
 
     try:
-        demo.run(arguments.output, weights=arguments.weights)
+        demo.run(
+            _output_folder(arguments.output),
+            weights=Path(arguments.weights) if arguments.weights else None,
+            transform_input=arguments.transform_input,
+        )
     except demo.DemoError as error:
         raise CommandError(str(error)) from error
     return 0
@@ -197,9 +286,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _classify(arguments: argparse.Namespace) -> int:
     _check_backend(arguments.backend)
+    if arguments.transform_input and arguments.variant != "torchvision":
+        raise UsageError(f"argument --transform-input: belongs to --variant torchvision, not {arguments.variant}")
     import torch
 
     from googlenet_fused.bench import progress_bar
+    from googlenet_fused.demo import backend_used
     from googlenet_fused.images import ImageError, find_images, load_image, preprocess
 
     results: list[dict[str, Any]] = []
@@ -211,6 +303,7 @@ def _classify(arguments: argparse.Namespace) -> int:
         _failed(reason if name in reason else f"{name}: {reason}")
 
     weights: str | None = None
+    backend: str | None = None
     paths: dict[Path, None] = {}
     for name in arguments.images:
         try:
@@ -218,7 +311,9 @@ def _classify(arguments: argparse.Namespace) -> int:
         except ImageError as error:
             failed(name, error)
     if paths:
-        model, weights, labels = _classifier(arguments)
+        model, network = _classifier(arguments)
+        backend = backend_used(model)
+        weights = network.weights if network.path is None else str(network.path)
         with torch.inference_mode(), progress_bar(len(paths), "classifying") as advance:
             for path in paths:
                 try:
@@ -226,39 +321,36 @@ def _classify(arguments: argparse.Namespace) -> int:
                 except ImageError as error:
                     failed(str(path), error)
                 else:
-                    top = _top(model(image.unsqueeze(0)).softmax(1)[0], arguments.top, labels)
+                    top = _top(model(image.unsqueeze(0)).softmax(1)[0], arguments.top, network.labels)
                     results.append({"image": str(path), "top": top})
                 advance()
     if arguments.json:
-        settings = {"variant": arguments.variant, "weights": weights, "backend": arguments.backend}
-        print(json.dumps({**settings, "images": results, "errors": failures}, indent=2))
+        asked = {"variant": arguments.variant, "weights": weights, "backend": arguments.backend}
+        print(json.dumps({**asked, "backend_used": backend, "images": results, "errors": failures}, indent=2))
     else:
         for result in results:
             print(result["image"])
             for place in result["top"]:
                 print(f"  {100 * place['probability']:6.2f} %  {place['label']}")
+        if results:
+            sys.stdout.flush()
+            _say(f"classified {len(results)} image{'s' if len(results) > 1 else ''} with the {backend} backend")
     return CommandError.code if failures else 0
 
 
-def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, str, Sequence[str] | None]:
-    """The fused network, its weights in words, and the class names where the weights give the classes a meaning."""
-    from googlenet_fused import FusionMismatch, fuse, googlenet
+def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, Network]:
+    """The fused network, and the plain one that it was made of."""
+    from googlenet_fused import FusionMismatch, fuse
     from googlenet_fused.backends import BackendError
-    from googlenet_fused.demo import seeded_network
+    from googlenet_fused.demo import Network, load_network, seeded_network
     from googlenet_fused.images import ImageError
-    from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
+    from googlenet_fused.weights import GoogLeNet_Weights, WeightsError
 
-    source, variant = arguments.weights, arguments.variant
-    if arguments.transform_input and variant != "torchvision":
-        raise UsageError(f"argument --transform-input: belongs to --variant torchvision, not {variant}")
-    labels: Sequence[str] | None = None
+    source, variant, transform_input = arguments.weights, arguments.variant, arguments.transform_input
     if source == "random":
-        print(
-            f"{PROG}: warning: --weights random: the net is untrained, so classes and probabilities MEAN NOTHING",
-            file=sys.stderr,
-        )
+        _say("warning: --weights random: the net is untrained, so classes and probabilities MEAN NOTHING")
         try:
-            plain, weights = seeded_network(variant), "random (untrained)"
+            network = Network(seeded_network(variant, transform_input=transform_input), "random (untrained)", None)
         except ImageError as error:
             raise CommandError(str(error)) from error
     else:
@@ -267,35 +359,16 @@ def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, str, Sequence
                 f"no weights are published for the {variant} variant: give a file with --weights FILE, "
                 "or run the untrained demonstration net with --weights random"
             )
-        plain = googlenet(variant, aux_logits=False, init_weights=False)
         try:
-            loaded = load_weights(plain, GoogLeNet_Weights.DEFAULT if source == "default" else source)
+            published = GoogLeNet_Weights.DEFAULT if source == "default" else source
+            network = load_network(published, variant, transform_input=transform_input)
         except WeightsError as error:
             hint = "; or run the untrained demonstration net with --weights random" if source == "default" else ""
             raise CommandError(f"{error}{hint}") from error
-        weights, labels = str(loaded.path), GoogLeNet_Weights.DEFAULT.meta["categories"]
-        if arguments.transform_input:
-            plain.transform_input = True
-        if loaded.published is None:
-            _warn_of_unknown_weights(weights, variant, plain.transform_input)
     try:
-        return fuse(plain.eval(), backend=arguments.backend), weights, labels
+        return fuse(network.model, backend=arguments.backend), network
     except (BackendError, FusionMismatch) as error:
         raise CommandError(str(error)) from error
-
-
-def _warn_of_unknown_weights(weights: str, variant: str, transform_input: bool) -> None:
-    """Say what had to be assumed of weights that are not the published file, where a wrong assumption would go unseen."""
-    if variant == "bvlc":
-        assumed = "RGB input with ImageNet's mean and deviation, while Caffe's weights expect BGR, 0 to 255, less its own mean"
-    elif transform_input:
-        assumed = "input mapped to [-1, 1], as for the published weights (--transform-input)"
-    else:
-        assumed = "input with ImageNet's mean and deviation; for a conversion of the published weights give --transform-input"
-    print(
-        f"{PROG}: warning: {weights} is not the published file; assumed are ImageNet's classes and {assumed}",
-        file=sys.stderr,
-    )
 
 
 def _top(probabilities: Tensor, count: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -316,7 +389,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from googlenet_fused.backends import registry
     from googlenet_fused.charts import ChartError, latency_chart
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    output = _output_folder(arguments.output)
     schedule = bench.Schedule(rounds=arguments.rounds)
     cases = [bench.Case(arguments.variant, batch, dtype) for batch in arguments.batch for dtype in arguments.dtype]
     rows: list[bench.Row] = []
@@ -334,13 +407,13 @@ def _bench(arguments: argparse.Namespace) -> int:
                     raise CommandError(str(error)) from error
 
     document = {"machine": machine, "rows": [row.to_json() for row in rows]}
-    written = [arguments.output / "bench.json"]
+    written = [output / "bench.json"]
     written[0].write_text(json.dumps(document, indent=2) + "\n")
     try:
         title = f"GoogLeNet on {machine['cpu']}, {machine['threads']} threads"
-        written.append(latency_chart(bench.latency_panels(rows), arguments.output / "bench.png", title))
+        written.append(latency_chart(bench.latency_panels(rows), output / "bench.png", title))
     except ChartError as error:
-        print(f"{PROG}: warning: no chart: {error}", file=sys.stderr)
+        _say(f"warning: no chart: {error}")
     if arguments.json:
         print(json.dumps({**document, "files": [str(path) for path in written]}, indent=2))
     else:

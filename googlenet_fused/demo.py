@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ from googlenet_fused.randomize import calibrate_batch_norm, randomize_
 from googlenet_fused.tolerance import judge
 from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
 
+logger = logging.getLogger("googlenet_fused")
+
 TOP = 5
 ROUNDS = 20
 
@@ -36,11 +40,15 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Network:
-    """The plain network of the demonstration, its weights in words, and labels only where the weights were trained on them."""
+    """A plain network, its weights in words, and labels only where the weights were trained on them.
+
+    ``path`` is the file of the weights; seeded ones have none.
+    """
 
     model: nn.Module
     weights: str
     labels: Sequence[str] | None
+    path: Path | None = None
 
     def label(self, index: int) -> str:
         return self.labels[index] if self.labels else f"class {index}"
@@ -48,9 +56,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured: logits ``[photographs, 1000]``, and the largest logit error and the time of each network."""
+    """What was measured: logits ``[photographs, 1000]``, and the largest logit error and the time of each network.
+
+    ``backend`` is what ran the fused network, as `backend_used` gives it.
+    """
 
     network: Network
+    backend: str
     photographs: Mapping[str, Image.Image]
     plain: Tensor
     fused: Tensor
@@ -77,19 +89,53 @@ class Outcome:
         return found
 
 
-def seeded_network(variant: VariantName = "torchvision", seed: int = 0) -> nn.Module:
+def seeded_network(variant: VariantName = "torchvision", seed: int = 0, *, transform_input: bool = False) -> nn.Module:
     """An untrained network with seeded weights whose batch norms are calibrated on the sample photographs, in eval mode.
 
     Raises:
         ImportError: scikit-image, which holds the photographs, is missing.
         ImageError: one of the photographs cannot be read.
+        ValueError: ``transform_input`` is for a variant other than torchvision's.
     """
-    model = randomize_(googlenet(variant, aux_logits=False, init_weights=False), seed)
+    model = randomize_(googlenet(variant, aux_logits=False, transform_input=transform_input, init_weights=False), seed)
     photographs = torch.stack([preprocess(load_image(path)) for path in sample_photographs().values()])
     return calibrate_batch_norm(model, photographs).eval()
 
 
-def choose_network(weights: Path | None = None) -> tuple[Network, str | None]:
+def load_network(
+    source: str | Path | GoogLeNet_Weights, variant: VariantName = "torchvision", *, transform_input: bool = False
+) -> Network:
+    """The network with trained weights, in eval mode. A warning says what had to be assumed of any but the published file.
+
+    Args:
+        source: as ``load_weights`` takes it.
+        transform_input: whether the weights expect input in [-1, 1]; of the published file it is known.
+
+    Raises:
+        WeightsError: the weights cannot be had or read, or do not fit.
+        ImportError: torchvision, which knows the labels, or a package that reads the file is missing.
+        ValueError: ``transform_input`` is for a variant other than torchvision's.
+    """
+    model = googlenet(variant, aux_logits=False, transform_input=transform_input, init_weights=False)
+    loaded = load_weights(model, source)
+    words = "torchvision's published ImageNet weights"
+    if loaded.published is None:
+        words = f"the weights in {loaded.path}"
+        assumed = _assumed_input(variant, transform_input)
+        logger.warning("%s is not the published file; assumed are ImageNet's classes and %s", loaded.path, assumed)
+    return Network(model.eval(), words, GoogLeNet_Weights.DEFAULT.meta["categories"], loaded.path)
+
+
+def _assumed_input(variant: VariantName, transform_input: bool) -> str:
+    """What input weights that are not the published file are taken to expect: a wrong assumption would go unseen."""
+    if variant == "bvlc":
+        return "RGB input with ImageNet's mean and deviation, while Caffe's weights expect BGR, 0 to 255, less its own mean"
+    if transform_input:
+        return "input mapped to [-1, 1], as for the published weights (--transform-input)"
+    return "input with ImageNet's mean and deviation; for a conversion of the published weights give --transform-input"
+
+
+def choose_network(weights: Path | None = None, *, transform_input: bool = False) -> tuple[Network, str | None]:
     """The network with the weights of a file or, without one, the published weights where they can be had, else seeded ones.
 
     Returns:
@@ -98,22 +144,33 @@ def choose_network(weights: Path | None = None) -> tuple[Network, str | None]:
     Raises:
         DemoError: the file cannot be loaded.
     """
-    model = googlenet("torchvision", aux_logits=False, init_weights=False)
     try:
-        loaded = load_weights(model, weights or GoogLeNet_Weights.DEFAULT)
+        return load_network(weights or GoogLeNet_Weights.DEFAULT, transform_input=transform_input), None
     except WeightsError as error:
         if weights is not None:
             raise DemoError(str(error)) from error
-        return Network(seeded_network(), "seeded, untrained weights", None), str(error)
-    name = "torchvision's published ImageNet weights" if loaded.published else f"the weights in {loaded.path}"
-    return Network(model.eval(), name, GoogLeNet_Weights.DEFAULT.meta["categories"]), None
+        return Network(seeded_network(transform_input=transform_input), "seeded, untrained weights", None), str(error)
 
 
-def run(output: Path, *, weights: Path | None = None, rounds: int = ROUNDS, console: Console | None = None) -> Outcome:
+def backend_used(fused: nn.Module) -> str:
+    """The backend that runs a network that ``fuse`` made; their names with commas between if its blocks differ."""
+    report: FusionReport = fused.fusion_report  # type: ignore[assignment]
+    return ", ".join(dict.fromkeys(block.backend for block in report.fused if block.backend is not None))
+
+
+def run(
+    output: Path,
+    *,
+    weights: Path | None = None,
+    transform_input: bool = False,
+    rounds: int = ROUNDS,
+    console: Console | None = None,
+) -> Outcome:
     """Runs the demonstration, prints it, and writes ``demo.png`` and ``demo.json`` into a folder.
 
     Args:
         weights: a file for the torchvision variant; without one the published weights, or else seeded ones.
+        transform_input: whether the weights expect input in [-1, 1]; of the published ones it is known.
         rounds: rounds of the timing, 5 calls of each network a round.
 
     Raises:
@@ -130,7 +187,7 @@ def run(output: Path, *, weights: Path | None = None, rounds: int = ROUNDS, cons
         f"This runs GoogLeNet on {len(photographs)} photographs twice, as plain PyTorch and with its Inception modules fused, "
         "to show that both give the same answers and how much time fusing saves.\n"
     )
-    network, reason = choose_network(weights)
+    network, reason = choose_network(weights, transform_input=transform_input)
     _print_weights(console, network, reason)
     outcome = _compare(console, network, photographs, x, rounds)
     for place in range(len(photographs)):
@@ -141,7 +198,7 @@ def run(output: Path, *, weights: Path | None = None, rounds: int = ROUNDS, cons
 
 
 def _print_weights(console: Console, network: Network, reason: str | None) -> None:
-    console.print(f"[bold]Weights:[/bold] {network.weights}.")
+    console.print(f"[bold]Weights:[/bold] {escape(network.weights)}.", soft_wrap=True)
     if reason is not None:
         console.print(
             "The published weights cannot be had here, so the network is untrained: its convolutions are random and its batch "
@@ -159,10 +216,12 @@ def _compare(console: Console, network: Network, photographs: Mapping[str, Image
     except FusionMismatch as error:
         raise DemoError(str(error)) from error
     report: FusionReport = fused.fusion_report  # type: ignore[assignment]
+    backend = backend_used(fused)
     modules = sum(block.kind == "inception" for block in report.fused)
+    convolutions = len(report.fused) - modules
     console.print(
-        f"[bold]Fused:[/bold] {modules} Inception modules and {len(report.fused) - modules} convolutions of the stem, each "
-        f"checked against the plain block; {len(report.skipped)} blocks left plain.\n"
+        f"[bold]Fused:[/bold] {modules} Inception modules and {convolutions} convolutions of the stem, run by the "
+        f"[bold]{backend}[/bold] backend and each checked against the plain block; {len(report.skipped)} blocks left plain.\n"
     )
     with torch.inference_mode():
         comparison = judge(fused, plain, x)
@@ -174,7 +233,7 @@ def _compare(console: Console, network: Network, photographs: Mapping[str, Image
         one = x[:1]
         with progress_bar(2 * rounds, "timing") as advance:
             timings = interleaved({"plain": lambda: plain(one), "fused": lambda: fused(one)}, rounds, advance=advance)
-    return Outcome(network, photographs, logits["plain"], logits["fused"], errors, timings)
+    return Outcome(network, backend, photographs, logits["plain"], logits["fused"], errors, timings)
 
 
 def _table(title: str) -> Table:
@@ -221,6 +280,7 @@ def _write(console: Console, outcome: Outcome, output: Path) -> list[Path]:
     document: dict[str, Any] = {
         "machine": machine_description(),
         "weights": outcome.network.weights,
+        "backend": outcome.backend,
         "photographs": {
             result.name: [{"label": label, "plain": plain, "fused": fused} for label, plain, fused in result.rows]
             for result in outcome.results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,22 @@ pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
 
-from googlenet_fused import FusionMismatch, cli, demo, googlenet
+from rich.console import Console
+from torch import nn
+
+from googlenet_fused import FusionMismatch, FusionReport, cli, demo, googlenet, use_backend
+from googlenet_fused.backends import registry
 from googlenet_fused.cli import main
+from googlenet_fused.convert import BlockReport
 from googlenet_fused.images import sample_photographs
 
 COMMANDS = ("doctor", "demo", "classify", "bench")
+
+
+@pytest.fixture(autouse=True)
+def _unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own, no choice of backend has been announced yet."""
+    monkeypatch.setattr(registry, "_announced", set())
 
 
 @pytest.fixture
@@ -84,6 +96,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
         (["classify"], "IMAGE"),
+        (["classify", ""], "argument IMAGE: must be a path, got ''"),
+        (["classify", "a.png", "--weights", ""], "argument --weights: must be a path"),
+        (["classify", "a.png", "--variant", "bvlc", "--transform-input"], "belongs to --variant torchvision, not bvlc"),
+        (["demo", "--output", ""], "argument --output: must be a path"),
         (["classify", "a.png", "--top", "0"], "must be a positive whole number, got '0'"),
         (["classify", "a.png", "--variant", "vgg"], "invalid choice: 'vgg'"),
         (["classify", "a.png", "--backend", "abacus"], "unknown backend 'abacus': choose one of 'auto'"),
@@ -133,12 +149,61 @@ def test_classify_goes_on_after_a_bad_file(capsys: pytest.CaptureFixture[str], f
         probabilities = [place["probability"] for place in image["top"]]
         assert len(probabilities) == 5
         assert probabilities == sorted(probabilities, reverse=True)
-    warnings = [line for line in captured.err.splitlines() if line.startswith("googlenet-fused: warning: ")]
-    errors = [line for line in captured.err.splitlines() if line.startswith("googlenet-fused: error: ")]
-    assert len(errors) == 3
-    assert len(warnings) == 1
-    assert "is not the published file" in warnings[0]
-    assert len(captured.err.splitlines()) == 4
+    lines = captured.err.splitlines()
+    assert sum(line.startswith("googlenet-fused: error: ") for line in lines) == 3
+    assert sum(line.startswith(f"googlenet-fused: warning: {trained} is not the published file") for line in lines) == 1
+    assert sum("auto chose backend" in line for line in lines) == 1
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "within", "used"),
+    [("reference", "auto", "reference"), ("auto", "reference", "reference"), ("auto", "cpu", "cpu")],
+)
+def test_classify_names_the_backend_that_ran(
+    capsys: pytest.CaptureFixture[str], folder: Path, trained: Path, asked: str, within: str, used: str
+) -> None:
+    if not registry.status()[used]["available"]:
+        pytest.skip(f"there is no {used} backend here")
+    command = ["classify", str(folder / "chelsea.png"), "--weights", str(trained), "--backend", asked]
+    with use_backend(within):
+        assert main(command) == 0
+        assert capsys.readouterr().err.splitlines()[-1] == f"googlenet-fused: classified 1 image with the {used} backend"
+        assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["backend"], document["backend_used"]) == (asked, used)
+
+
+def test_the_reason_for_a_backend_is_said_once_and_the_log_left_as_it_was(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, folder: Path, trained: Path
+) -> None:
+    logger = logging.getLogger("googlenet_fused")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    assert main(["classify", str(folder / "chelsea.png"), "--weights", str(trained), "--json"]) == 0
+    captured = capsys.readouterr()
+    used = json.loads(captured.out)["backend_used"]
+    (reason,) = [line for line in captured.err.splitlines() if "auto chose" in line]
+    assert reason.startswith("googlenet-fused: ")
+    assert f"auto chose backend {used!r} (" in reason
+    assert reason.endswith(")")
+    assert not caplog.records, "shown by the command, not by the log's own handlers as well"
+    assert (logger.level, logger.propagate, logger.handlers) == before
+
+
+def test_a_choice_that_costs_speed_is_a_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, trained: Path
+) -> None:
+    monkeypatch.setattr(type(registry.get("cpu")), "supports", lambda *_: "it has\na (long) lunch")
+    assert main(["classify", str(folder / "chelsea.png"), "--weights", str(trained)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "auto" in line]
+    assert said == ["googlenet-fused: warning: auto chose backend 'reference' (cpu: it has a (long) lunch)"]
+
+
+def test_blocks_on_several_backends_are_all_named() -> None:
+    model = nn.Identity()
+    blocks = [BlockReport(f"block{i}", "inception", True, backend=name) for i, name in enumerate(["a", "b", None, "a"])]
+    model.fusion_report = FusionReport([BlockReport("plain", "conv", False, backend="c"), *blocks])  # type: ignore[assignment]
+    assert demo.backend_used(model) == "a, b"
 
 
 def test_classify_transforms_the_input_when_told(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:
@@ -147,8 +212,50 @@ def test_classify_transforms_the_input_when_told(capsys: pytest.CaptureFixture[s
         return [place["probability"] for place in json.loads(capsys.readouterr().out)["images"][0]["top"]]
 
     assert probabilities() != probabilities("--transform-input")
-    assert main(["classify", str(folder), "--weights", str(trained), "--variant", "bvlc", "--transform-input"]) == 2
-    assert "--transform-input: belongs to --variant torchvision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "assumed"),
+    [([], "input with ImageNet's mean and deviation"), (["--transform-input"], "input mapped to [-1, 1]")],
+)
+def test_demo_and_classify_warn_alike_of_unknown_weights(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    trained: Path,
+    tmp_path: Path,
+    options: list[str],
+    assumed: str,
+) -> None:
+    def stop(_: object, network: demo.Network, *__: object) -> None:
+        assert network.model.transform_input is bool(options)
+        raise demo.DemoError("far enough")
+
+    monkeypatch.setattr(demo, "_compare", stop)
+    weights = ["--weights", str(trained)]
+    assert main(["classify", str(folder / "chelsea.png"), *weights, *options]) == 0
+    warning, *_ = capsys.readouterr().err.splitlines()
+    assert main(["demo", "--output", str(tmp_path / "out"), *weights, *options]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [warning, "googlenet-fused: error: far enough"]
+    assert f"{trained} is not the published file" in warning
+    assert assumed in warning
+
+
+@pytest.mark.usefixtures("offline")
+def test_seeded_networks_transform_their_input_when_told() -> None:
+    for transform_input in (False, True):
+        network, _ = demo.choose_network(transform_input=transform_input)
+        assert network.model.transform_input is transform_input
+
+
+def test_the_warning_of_weights_for_the_paper_s_network(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "bvlc.pth"
+    torch.save(googlenet("bvlc", aux_logits=False).state_dict(), path)
+    assert main(["classify", str(folder / "chelsea.png"), "--weights", str(path), "--variant", "bvlc"]) == 0
+    assert "Caffe's weights expect BGR" in capsys.readouterr().err
 
 
 def test_classify_names_classes_and_backends_agree(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:
@@ -179,14 +286,19 @@ def test_classify_without_a_network_says_how_to_go_on(capsys: pytest.CaptureFixt
     assert "--weights random" in line
 
 
-def test_classify_refuses_weights_in_one_line(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_classify_refuses_weights_in_one_line(
+    capsys: pytest.CaptureFixture[str], folder: Path, trained: Path, tmp_path: Path
+) -> None:
     image = str(folder / "coffee.png")
-    bvlc = tmp_path / "bvlc.pth"
+    bvlc, cut = tmp_path / "bvlc.pth", tmp_path / "cut.pth"
+    cut.write_bytes(trained.read_bytes()[:1_000_000])
     torch.save(googlenet("bvlc", aux_logits=False, init_weights=False).state_dict(), bvlc)
     for weights, said in [
         (folder / "none.pth", "no such file"),
         (folder / "notes.txt", "unsupported suffix"),
         (bvlc, "'bvlc' variant"),
+        (cut, "truncated, damaged or not a file that torch.save wrote"),
+        (cut, "; copy or download it again"),
     ]:
         assert main(["classify", image, "--weights", str(weights)]) == 1
         (line,) = errors(capsys)
@@ -200,13 +312,16 @@ def test_classify_with_nothing_to_classify(capsys: pytest.CaptureFixture[str], t
     assert main(["classify", str(tmp_path), "--json"]) == 1
     captured = capsys.readouterr()
     assert "holds no image" in captured.err
-    assert json.loads(captured.out)["images"] == []
+    document = json.loads(captured.out)
+    assert document["images"] == []
+    assert document["backend_used"] is None
 
 
 def test_bench_writes_results_and_a_chart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "", "no progress bar outside a terminal"
+    (line,) = captured.err.splitlines()  # no progress bar outside a terminal
+    assert "auto chose backend" in line
     document = json.loads(captured.out)
     assert [row["status"] for row in document["rows"]] == ["ok"] * 3
     assert document["machine"]["threads"] == 1
@@ -215,29 +330,35 @@ def test_bench_writes_results_and_a_chart(capsys: pytest.CaptureFixture[str], tm
     assert all(Path(path).stat().st_size for path in document["files"])
 
 
-def test_an_output_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_an_output_that_cannot_be_written_is_one_line_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert main(["bench", "--output", str(tmp_path / "file")]) == 1
-    (line,) = errors(capsys)
-    assert str(tmp_path / "file") in line
+    assert main([command, "--output", str(tmp_path / "file")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    said = f"argument --output: cannot make the folder {tmp_path / 'file'}: File exists; name another"
+    assert captured.err == f"googlenet-fused: error: {said}\n"
 
 
 @pytest.mark.usefixtures("offline")
 def test_the_demo_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     console = Console(file=io.StringIO(), width=100)
-    outcome = demo.run(tmp_path / "out", rounds=1, console=console)
+    with use_backend("reference"):
+        outcome = demo.run(tmp_path / "out", rounds=1, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("This runs GoogLeNet on 4 photographs twice")
     assert "The class numbers below mean nothing" in text
     assert "9 Inception modules" in text
+    assert "run by the reference backend" in " ".join(text.split())
     assert "Summary: both networks name the same top 5" in text
     assert outcome.agreeing == len(outcome.photographs) == 4
     assert outcome.errors["fused"] < 1e-3
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.json", "demo.png"}
     document = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert document["weights"] == "seeded, untrained weights"
+    assert document["backend"] == "reference"
     assert set(document["photographs"]) == set(sample_photographs())
     assert capsys.readouterr().out == ""
 
@@ -249,6 +370,13 @@ def test_the_demo_with_weights_names_classes(trained: Path, tmp_path: Path, caps
     assert network.label(281) == "tabby"
     assert main(["demo", "--weights", str(tmp_path / "none.pth"), "--output", str(tmp_path)]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_the_demo_prints_any_file_name(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shutil.copy(trained, tmp_path / "w[bold].pth")
+    network, reason = demo.choose_network(path)
+    demo._print_weights(Console(width=40), network, reason)
+    assert capsys.readouterr().out == f"Weights: the weights in {path}.\n"
 
 
 def test_the_demo_fails_when_the_networks_disagree(

@@ -27,6 +27,8 @@ _IMPOSTORS = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer: fetch the real file with `git lfs pull`"),
 )
 
+_REMEDY = "; copy or download it again"
+
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU, in the file's order.
@@ -78,7 +80,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
         # Not load_file: it maps the file, and whoever rewrites the file later changes the tensors.
         return load(path.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is truncated, damaged or not a safetensors file: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is truncated, damaged or not a safetensors file: {_first_line(error)}{_REMEDY}") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -102,7 +104,7 @@ def _check_records(path: Path) -> None:
                         while stream.read(1 << 20):
                             pass
     except Exception as error:  # damaged archives raise struct.error, zlib.error and more, besides BadZipFile
-        raise WeightsError(f"{path} is damaged: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is damaged: {_first_line(error)}{_REMEDY}") from error
 
 
 def _why_refused(message: str) -> str:
@@ -114,7 +116,7 @@ def _why_refused(message: str) -> str:
         )
     if "TorchScript" in message:
         return "is a TorchScript program, not weights: save its state_dict() instead"
-    return f"is truncated, damaged or not a file that torch.save wrote: {_first_line(message) or 'it ends too early'}"
+    return f"is truncated, damaged or not a file that torch.save wrote: {_first_line(message) or 'it ends too early'}{_REMEDY}"
 
 
 def _first_line(error: object) -> str:
