@@ -1,23 +1,24 @@
-"""What tests share: shapes, models, inputs in every layout, exact integers, guarded buffers, comparisons and copies."""
+"""What tests share: shapes, models, arguments, inputs in every layout, definitions to compare with, comparisons and copies."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from googlenet_fused import FusionReport, googlenet
+from googlenet_fused import FusionReport, googlenet, inception
 from googlenet_fused.backends import registry
 from googlenet_fused.blocks import BasicConv2d, Inception, Norm
 from googlenet_fused.modules import FusedConv2d, FusedInception
-from googlenet_fused.packing import ConvParams
+from googlenet_fused.packing import BatchNormParams, ConvParams, PackedInception, pack_inception
 from googlenet_fused.randomize import randomize_
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec
 from googlenet_fused.tolerance import judge
@@ -38,16 +39,38 @@ ODD_SPECS: dict[str, InceptionSpec] = {
 }
 """Widths that no kernel likes."""
 
+CONV_BLOCKS = ("branch1", "branch2.0", "branch2.1", "branch3.0", "branch3.1", "branch4.1")
+"""The names of an Inception module's convolution blocks, in the order of ``InceptionSpec.convs``."""
+
 SMALL_SIZES: list[tuple[int, int, int]] = [(1, 1, 1), (2, 7, 7), (1, 5, 9), (3, 4, 1), (1, 14, 13), (5, 2, 3)]
 """(batch, height, width), smaller than the large kernel included."""
 
 INTEGER_LIMIT = 3
+
+FP64_TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+
+EPS = 1e-3
+
+PARTS = {"norm": (True, False), "bias": (False, True), "norm and bias": (True, True), "neither": (False, False)}
+"""Whether the convolutions have a batch norm and a bias."""
+
+Arguments = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
+"""``weights, biases, norms, eps`` of the raw operator."""
 
 
 def can_run(dtype: torch.dtype) -> list[str]:
     """The backends that run Inception modules of this dtype on this machine's CPU."""
     problem = registry.Problem(torch.device("cpu"), dtype, TINY)
     return [name for name in registry.names() if registry.get(name).supports(problem) is None]
+
+
+both_large_kernels = pytest.mark.parametrize("large_kernel", [3, 5])
+
+every_backend_and_dtype = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for name in can_run(dtype)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 
 
 def assert_same(actual: object, expected: object, label: str = "", *, equal_nan: bool = False) -> None:
@@ -83,6 +106,10 @@ def plain_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0) ->
 def fused_inception(spec: InceptionSpec, norm: Norm = "batch", seed: int = 0, backend: str = "auto") -> FusedInception:
     """The fused module with the same parameters as ``plain_inception``."""
     return FusedInception.from_module(plain_inception(spec, norm, seed), backend=backend)
+
+
+def conv_blocks(module: nn.Module) -> list[nn.Module]:
+    return [module.get_submodule(name) for name in CONV_BLOCKS]
 
 
 def small_model(spec: InceptionSpec = ODD_SPECS["primes"]) -> nn.Module:
@@ -163,6 +190,101 @@ def random_input(
     """Normal input ``[batch, in_channels, height, width]``, contiguous; the same numbers in every dtype, rounded."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, spec.in_channels, height, width, generator=generator).to(dtype)
+
+
+def image(
+    batch: int = 2, height: int = 7, width: int = 6, dtype: torch.dtype = torch.float32, spec: InceptionSpec = TINY
+) -> Tensor:
+    """A small input, for where its shape matters little."""
+    return random_input(spec, batch, height, width, dtype)
+
+
+def cotangent(spec: InceptionSpec, x: Tensor, seed: int = 5) -> Tensor:
+    """Normal numbers in the shape of the module's output for ``x``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape[0], spec.out_channels, *x.shape[2:], generator=generator).to(x.dtype)
+
+
+def inception_arguments(
+    spec: InceptionSpec = TINY,
+    *,
+    norm: bool = True,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+    seed: int = 4,
+) -> Arguments:
+    """Random parameters. Running statistics never require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, deviation: float = 0.3) -> Tensor:
+        return (torch.randn(shape, generator=generator) * deviation).to(dtype).requires_grad_(requires_grad)
+
+    def statistics(width: int) -> list[Tensor]:
+        mean, variance = torch.randn(width, generator=generator) * 0.1, torch.rand(width, generator=generator) + 0.5
+        return [mean.to(dtype), variance.to(dtype)]
+
+    weights = [normal(conv.out_channels, conv.in_channels, conv.kernel_size, conv.kernel_size) for conv in spec.convs]
+    biases = [normal(conv.out_channels) for conv in spec.convs] if bias else []
+    norms = []
+    for conv in spec.convs if norm else ():
+        norms += [normal(conv.out_channels, deviation=1.0), normal(conv.out_channels), *statistics(conv.out_channels)]
+    return weights, biases, norms, [EPS] * 6
+
+
+def as_convs(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], eps: Sequence[float]
+) -> list[ConvParams]:
+    return [
+        ConvParams(weight, biases[i] if biases else None, BatchNormParams(*norms[4 * i : 4 * i + 4]) if norms else None, eps[i])
+        for i, weight in enumerate(weights)
+    ]
+
+
+def run_operator(x: Tensor, arguments: Arguments) -> Tensor:
+    return torch.ops.googlenet_fused.inception(x, *arguments)
+
+
+def run_face(x: Tensor, arguments: Arguments) -> Tensor:
+    return inception(x, as_convs(*arguments))
+
+
+def packed_inception(spec: InceptionSpec = TINY) -> PackedInception:
+    return pack_inception(as_convs(*inception_arguments(spec)), torch.float32)
+
+
+def stem_arguments(
+    kernel_size: int = 3, stride: int = 1, padding: int = 1, *, parts: str = "norm", requires_grad: bool = False
+) -> tuple[Tensor, Tensor | None, list[Tensor], float, list[int], list[int]]:
+    """``weight, bias, norm, eps, stride, padding`` of ``conv2d_relu``: 5 channels to 4."""
+    norm, bias = PARTS[parts]
+    weight = (torch.randn(4, 5, kernel_size, kernel_size) * 0.2).requires_grad_(requires_grad)
+    norms = [torch.randn(4), torch.randn(4), torch.randn(4) * 0.1, torch.rand(4) + 0.5] if norm else []
+    return weight, torch.randn(4) if bias else None, norms, EPS, [stride, stride], [padding, padding]
+
+
+def before_relu(x: Tensor, conv: ConvParams, stride: int = 1, padding: int | None = None) -> Tensor:
+    """A convolution out of torch's functions, in fp64, batch norm unfolded; ``padding`` keeps the size unless given."""
+    padding = conv.weight.shape[2] // 2 if padding is None else padding
+    weight, bias, *norm = (None if tensor is None else tensor.double() for tensor in (*conv[:2], *(conv.norm or ())))
+    x = F.conv2d(x.double(), weight, bias, stride, padding)
+    if norm:
+        gamma, beta, mean, variance = norm
+        x = F.batch_norm(x, mean, variance, gamma, beta, eps=conv.eps)
+    return x
+
+
+def by_definition(x: Tensor, convs: Sequence[Any], conv: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """The module by its definition (the paper, Fig. 2b); ``conv`` applies one of ``convs`` and its ReLU."""
+    ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj = convs
+    pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+    branches = [conv(x, ch1x1), conv(conv(x, ch3x3red), ch3x3), conv(conv(x, ch5x5red), ch5x5), conv(pooled, pool_proj)]
+    return torch.cat(branches, 1)
+
+
+def plain_result(x: Tensor, convs: Sequence[ConvParams]) -> Tensor:
+    """The module out of torch's functions, in fp64, batch norm unfolded: ``[n, out_channels, h, w]``."""
+    return by_definition(x.double(), convs, lambda x, conv: before_relu(x, conv).relu())
 
 
 def integer_convs(spec: InceptionSpec, dtype: torch.dtype = torch.float32, seed: int = 2) -> list[ConvParams]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -22,6 +23,38 @@ def _seed() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+def _record_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    from googlenet_fused import kept_weights
+
+    calls: list[object] = []
+    function = getattr(kept_weights, name)
+    monkeypatch.setattr(kept_weights, name, lambda *arguments: calls.append(arguments) or function(*arguments))
+    return calls
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each time that a module's weights are packed."""
+    return _record_calls("pack_inception", monkeypatch)
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each time that the stem's weights are folded."""
+    return _record_calls("fold_batch_norm", monkeypatch)
+
+
+@pytest.fixture
+def warnings_of_inference_tensors(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]]:
+    """How often it was said so far in the test that inference tensors are packed in every call."""
+    from googlenet_fused import parameter_cache
+
+    parameter_cache._warn_of_inference_tensors.cache_clear()
+    with caplog.at_level("WARNING", logger="googlenet_fused"):
+        yield lambda: sum("inference_mode" in record.getMessage() for record in caplog.records)
+    parameter_cache._warn_of_inference_tensors.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

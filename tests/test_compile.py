@@ -63,11 +63,7 @@ def pictures(batch: int = 2, height: int = 15, width: int = 12, dtype: torch.dty
     return torch.randn(batch, 3, height, width, generator=generator).to(dtype)
 
 
-def image(batch: int = 2, height: int = 7, width: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
-    return cases.random_input(cases.TINY, batch, height, width, dtype)
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
+def assert_like_eager(actual: Tensor, expected: Tensor) -> None:
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[expected.dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert actual.stride() == expected.stride()
@@ -83,9 +79,9 @@ def test_dynamic_batch_compiles_once(grad: bool) -> None:
     compiled = torch.compile(fused, fullgraph=True, backend=counting)
     with torch.set_grad_enabled(grad):
         for batch in (3, 2, 5, 8):
-            x = image(batch)
+            x = cases.image(batch)
             torch._dynamo.mark_dynamic(x, 0)
-            assert_same(compiled(x), fused(image(batch)))
+            assert_like_eager(compiled(x), fused(cases.image(batch)))
     assert counting.frame_count == 1
 
 
@@ -93,9 +89,9 @@ def test_dynamic_batch_compiles_once(grad: bool) -> None:
 def test_layouts(layout: str) -> None:
     fused = cases.fused_inception(cases.TINY)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    x = cases.LAYOUTS[layout](image())
+    x = cases.LAYOUTS[layout](cases.image())
     with torch.no_grad():
-        assert_same(compiled(x), fused(x))
+        assert_like_eager(compiled(x), fused(x))
     leaf, eager_leaf = (x.detach().requires_grad_() for _ in range(2))
     grad = cases.LAYOUTS[layout](torch.randn(2, cases.TINY.out_channels, 7, 6))
     compiled(leaf).backward(grad)
@@ -108,10 +104,10 @@ def test_dynamic_height_and_width() -> None:
     counting = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused, fullgraph=True, backend=counting, dynamic=True)
     with torch.no_grad():
-        compiled(image())
+        compiled(cases.image())
         at_first = counting.frame_count
         for shape in ((2, 7, 6), (3, 5, 9), (4, 2, 3), (2, 14, 14)):
-            assert_same(compiled(image(*shape)), fused(image(*shape)))
+            assert_like_eager(compiled(cases.image(*shape)), fused(cases.image(*shape)))
     assert counting.frame_count == at_first
 
 
@@ -120,7 +116,7 @@ def test_batches_that_torch_compiles_apart() -> None:
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         for shape in ((2, 7, 6), (1, 7, 6), (0, 7, 6), (1, 1, 1), (3, 1, 5)):
-            assert_same(compiled(image(*shape)), fused(image(*shape)))
+            assert_like_eager(compiled(cases.image(*shape)), fused(cases.image(*shape)))
 
 
 @backends
@@ -151,18 +147,13 @@ def test_the_graph_calls_the_operators() -> None:
     assert [name.split(".")[1] for name in found] == ["conv2d_relu", "inception", "inception"]
 
 
-def test_the_weights_are_packed_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    from googlenet_fused import kept_weights
-
+def test_the_weights_are_packed_once_for_all_calls(packs: list[object]) -> None:
     fused = cases.fused_inception(cases.TINY)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    calls: list[object] = []
-    pack_inception = kept_weights.pack_inception
-    monkeypatch.setattr(kept_weights, "pack_inception", lambda *args: calls.append(args) or pack_inception(*args))
     with torch.no_grad():
         for _ in range(3):
-            compiled(image())
-    assert len(calls) == 1
+            compiled(cases.image())
+    assert len(packs) == 1
 
 
 # Backward.
@@ -191,7 +182,7 @@ def test_backward_of_the_small_network() -> None:
 def test_backward_by_inductor() -> None:
     fused, plain = cases.fused_inception(cases.TINY, None), cases.plain_inception(cases.TINY, None)
     compiled = torch.compile(fused, fullgraph=True, backend="inductor")
-    torch.testing.assert_close(_step(compiled, image()), _step(plain, image()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_step(compiled, cases.image()), _step(plain, cases.image()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["batch", None])
@@ -202,7 +193,7 @@ def test_training_steps_follow_the_plain_block(norm: str | None) -> None:
     compiled = torch.compile(fused, fullgraph=True, backend=counting)
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.02, momentum=0.9) for module in (fused, plain)]
     for step in range(3):
-        x = image(2 + step, dtype=torch.float64)
+        x = cases.image(2 + step, dtype=torch.float64)
         torch._dynamo.mark_dynamic(x, 0)
         losses = []
         for module, optimizer in zip((compiled, plain), optimizers, strict=True):
@@ -242,11 +233,11 @@ def test_later_changes_are_followed(change: str, grad: bool) -> None:
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(grad):
         for _ in range(2):
-            x = image(dtype=next(plain.parameters()).dtype)
+            x = cases.image(dtype=next(plain.parameters()).dtype)
             torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-4)
             CHANGES[change](fused)
             CHANGES[change](plain)
-        x = image(dtype=next(plain.parameters()).dtype)
+        x = cases.image(dtype=next(plain.parameters()).dtype)
         torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
@@ -254,11 +245,11 @@ def test_a_copy_is_compiled_on_its_own() -> None:
     fused = cases.fused_inception(cases.TINY)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        expected = compiled(image())
+        expected = compiled(cases.image())
         other = copy.deepcopy(fused)
         other.branch1.conv.weight.mul_(2)
-        assert not torch.equal(torch.compile(other, fullgraph=True, backend="aot_eager")(image()), expected)
-        assert torch.equal(compiled(image()), expected)
+        assert not torch.equal(torch.compile(other, fullgraph=True, backend="aot_eager")(cases.image()), expected)
+        assert torch.equal(compiled(cases.image()), expected)
 
 
 # Export.
@@ -288,10 +279,10 @@ def test_export_with_dynamic_batch(grad: bool, strict: bool) -> None:
 def test_export_of_a_module_follows_a_loaded_state() -> None:
     fused, other = cases.fused_inception(cases.TINY), cases.plain_inception(cases.TINY, seed=7)
     with torch.no_grad():
-        runnable = _export(fused, image(3), strict=False).module()
-        runnable(image())
+        runnable = _export(fused, cases.image(3), strict=False).module()
+        runnable(cases.image())
         runnable.load_state_dict(other.state_dict())
-        torch.testing.assert_close(runnable(image()), other(image()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(runnable(cases.image()), other(cases.image()), rtol=1e-4, atol=1e-4)
 
 
 def test_export_of_fresh_parameters_on_meta() -> None:
@@ -315,9 +306,9 @@ def test_autocast_inside_the_compiled_function(backend: str) -> None:
     fused = cases.fused_inception(cases.TINY)
     compiled = torch.compile(partial(_under_autocast, fused), fullgraph=True, backend=backend)
     with torch.no_grad():
-        expected = _under_autocast(fused, image())
+        expected = _under_autocast(fused, cases.image())
         assert expected.dtype == torch.bfloat16
-        assert_same(compiled(image()), expected)
+        assert_like_eager(compiled(cases.image()), expected)
 
 
 def test_autocast_outside_the_compiled_function() -> None:
@@ -338,7 +329,7 @@ def test_autocast_and_backward_inside_compile() -> None:
     compiled = torch.compile(partial(_under_autocast, fused), fullgraph=True, backend="aot_eager")
     found = []
     for run in (compiled, partial(_under_autocast, fused)):
-        leaf = image().requires_grad_()
+        leaf = cases.image().requires_grad_()
         run(leaf).float().square().sum().backward()
         found.append({"x": leaf.grad, **{name: parameter.grad for name, parameter in fused.named_parameters()}})
         fused.zero_grad(set_to_none=True)

@@ -1,20 +1,42 @@
-"""Gradients of the fused module: numerically, against the plain block's autograd, in every layout, and in training."""
+"""Gradients of the fused module: numerically, against the plain block's autograd, and in every layout."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import replace
 
-import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import (
+    EPS,
+    FP64_TOLERANCE,
+    GOOGLENET_MODULES,
+    LAYOUTS,
+    ODD_SPECS,
+    SMALL_SIZES,
+    TINY,
+    Arguments,
+    as_convs,
+    before_relu,
+    both_large_kernels,
+    by_definition,
+    conv_blocks,
+    cotangent,
+    fused_inception,
+    inception_arguments,
+    integer_convs,
+    integer_input,
+    plain_inception,
+    random_input,
+    run_face,
+    run_operator,
+)
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from googlenet_fused import FusedInception, InceptionSpec, inception
-from googlenet_fused.blocks import Inception
+from googlenet_fused import FusedInception, InceptionSpec
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.ops import conv2d_relu
 from googlenet_fused.packing import BatchNormParams, ConvParams
@@ -23,45 +45,13 @@ from googlenet_fused.tolerance import check_close
 SMALL = InceptionSpec(2, 1, 2, 1, 1, 2, 1, large_kernel=5)
 MIDDLING = InceptionSpec(19, 8, 12, 16, 5, 7, 9, large_kernel=5)
 KINK_MARGIN = 1e-4
-FP64_TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-
-both_kernels = pytest.mark.parametrize("large_kernel", [3, 5])
 
 GRAD_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    **cases.LAYOUTS,
+    **LAYOUTS,
     "expanded": lambda grad: grad.mean().expand(grad.shape),
     "expanded_pixels": lambda grad: grad.mean((2, 3), keepdim=True).expand(grad.shape),
 }
 """Layouts in which a gradient arrives; the last two are stride-0 views, as ``sum`` and ``mean`` hand back, of other values."""
-
-
-def conv_blocks(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The six convolution blocks of an Inception module, in the order of ``InceptionSpec.convs``."""
-    branches = [module.get_submodule(name) for name in ("branch2", "branch3", "branch4")]
-    return (module.get_submodule("branch1"), branches[0][0], branches[0][1], branches[1][0], branches[1][1], branches[2][1])
-
-
-def parameters_of(spec: InceptionSpec, *, norm: bool, bias: bool, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Six groups of fp64 leaves, one after another: those that are differentiated, and the running statistics."""
-    generator = torch.Generator().manual_seed(seed)
-    leaves, statistics = [], []
-    for conv in spec.convs:
-        shapes = [(conv.out_channels, conv.in_channels, conv.kernel_size, conv.kernel_size)]
-        shapes += [(conv.out_channels,)] * (bias + 2 * norm)
-        leaves += [torch.randn(shape, generator=generator, dtype=torch.float64) * 0.5 for shape in shapes]
-        if norm:
-            statistics.append(torch.randn(conv.out_channels, generator=generator, dtype=torch.float64) * 0.1)
-            statistics.append(torch.rand(conv.out_channels, generator=generator, dtype=torch.float64) + 0.5)
-    return [leaf.requires_grad_() for leaf in leaves], statistics
-
-
-def as_convs(leaves: tuple[Tensor, ...], statistics: list[Tensor], *, norm: bool, bias: bool) -> list[ConvParams]:
-    convs, remaining, running = [], iter(leaves), iter(statistics)
-    for _ in range(6):
-        weight, conv_bias = next(remaining), next(remaining) if bias else None
-        params = BatchNormParams(next(remaining), next(remaining), next(running), next(running)) if norm else None
-        convs.append(ConvParams(weight, conv_bias, params, 1e-3))
-    return convs
 
 
 def kink_distance(x: Tensor, convs: list[ConvParams]) -> float:
@@ -69,70 +59,69 @@ def kink_distance(x: Tensor, convs: list[ConvParams]) -> float:
     distances = []
 
     def conv(x: Tensor, params: ConvParams) -> Tensor:
-        x = F.conv2d(x, params.weight, params.bias, padding=params.weight.shape[2] // 2)
-        if params.norm is not None:
-            weight, bias, mean, variance = params.norm
-            x = F.batch_norm(x, mean, variance, weight, bias, eps=params.eps)
+        x = before_relu(x, params)
         distances.append(x.abs().min().item())
         return x.relu()
 
-    c1, c3r, c3, c5r, c5, proj = convs
-    conv(x, c1), conv(conv(x, c3r), c3), conv(conv(x, c5r), c5), conv(F.max_pool2d(x, 3, 1, 1), proj)
+    by_definition(x, convs, conv)
     windows = F.unfold(F.pad(x, (1, 1, 1, 1), value=-1e6), 3).unflatten(1, (x.shape[1], 9))
     first, second = windows.topk(2, dim=2).values.unbind(2)
     return min(*distances, (first - second).min().item())
 
 
-def away_from_kinks(
-    spec: InceptionSpec, height: int, width: int, *, norm: bool, bias: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def away_from_kinks(spec: InceptionSpec, height: int, width: int, *, norm: bool, bias: bool) -> tuple[Tensor, Arguments]:
     for seed in range(50):
-        x = cases.random_input(spec, 2, height, width, torch.float64, seed=seed)
-        leaves, statistics = parameters_of(spec, norm=norm, bias=bias, seed=seed)
+        x = random_input(spec, 2, height, width, torch.float64, seed=seed)
+        arguments = inception_arguments(spec, norm=norm, bias=bias, dtype=torch.float64, requires_grad=True, seed=seed)
         with torch.no_grad():
-            if kink_distance(x, as_convs(tuple(leaves), statistics, norm=norm, bias=bias)) > KINK_MARGIN:
-                return x.requires_grad_(), leaves, statistics
+            if kink_distance(x, as_convs(*arguments)) > KINK_MARGIN:
+                return x.requires_grad_(), arguments
     raise AssertionError("every input tried is near a kink")
+
+
+def of_tensors(way: Callable[[Tensor, Arguments], Tensor], like: Arguments) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """``way`` as a function of ``x`` and the tensors of its arguments one by one, and these tensors."""
+    counts = [len(group) for group in like[:3]]
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        remaining = iter(tensors)
+        weights, biases, norms = ([next(remaining) for _ in range(count)] for count in counts)
+        return way(x, (weights, biases, norms, like[3]))
+
+    return run, [tensor for group in like[:3] for tensor in group]
+
+
+def run_copies(x: Tensor, arguments: Arguments) -> Tensor:
+    """``inception`` on new tensors in every call, because gradcheck writes to its inputs through .data."""
+    weights, biases, norms = ([tensor * 1 for tensor in group] for group in arguments[:3])
+    return run_face(x, (weights, biases, norms, arguments[3]))
 
 
 # Numerically.
 
 
 @pytest.mark.parametrize(("norm", "bias"), [(True, False), (False, True), (True, True)], ids=["norm", "bias", "both"])
-@both_kernels
+@both_large_kernels
 def test_gradcheck(large_kernel: int, norm: bool, bias: bool) -> None:
-    spec = cases.both_kernels(SMALL)[large_kernel == 5]
-    x, leaves, statistics = away_from_kinks(spec, 5, 3, norm=norm, bias=bias)
-
-    def run(x: Tensor, *leaves: Tensor) -> Tensor:
-        # New tensors in every call, because gradcheck writes to its inputs through .data.
-        return inception(x, as_convs(tuple(leaf * 1 for leaf in leaves), statistics, norm=norm, bias=bias))
-
-    assert gradcheck(run, (x, *leaves))
+    x, arguments = away_from_kinks(replace(SMALL, large_kernel=large_kernel), 5, 3, norm=norm, bias=bias)
+    run, tensors = of_tensors(run_copies, arguments)
+    assert gradcheck(run, (x, *tensors))
 
 
-@both_kernels
+@both_large_kernels
 def test_gradgradcheck(large_kernel: int) -> None:
-    spec = cases.both_kernels(SMALL)[large_kernel == 5]
-    x, leaves, statistics = away_from_kinks(spec, 5, 3, norm=True, bias=False)
-
-    def run(x: Tensor, *leaves: Tensor) -> Tensor:
-        return inception(x, as_convs(tuple(leaf * 1 for leaf in leaves), statistics, norm=True, bias=False))
-
-    assert gradgradcheck(run, (x, *leaves))
+    x, arguments = away_from_kinks(replace(SMALL, large_kernel=large_kernel), 5, 3, norm=True, bias=False)
+    run, tensors = of_tensors(run_copies, arguments)
+    assert gradgradcheck(run, (x, *tensors))
 
 
 @pytest.mark.parametrize(("norm", "bias"), [(True, False), (False, True), (True, True)], ids=["norm", "bias", "both"])
-@both_kernels
+@both_large_kernels
 def test_fast_gradcheck_and_gradgradcheck_of_a_wider_module(large_kernel: int, norm: bool, bias: bool) -> None:
-    spec = cases.both_kernels(cases.TINY)[large_kernel == 5]
-    x, leaves, statistics = away_from_kinks(spec, 3, 5, norm=norm, bias=bias)
-
-    def run(x: Tensor, *leaves: Tensor) -> Tensor:
-        return inception(x, as_convs(tuple(leaf * 1 for leaf in leaves), statistics, norm=norm, bias=bias))
-
-    assert gradcheck(run, (x, *leaves), fast_mode=True)
-    assert gradgradcheck(run, (x, *leaves), fast_mode=True)
+    x, arguments = away_from_kinks(replace(TINY, large_kernel=large_kernel), 3, 5, norm=norm, bias=bias)
+    run, tensors = of_tensors(run_copies, arguments)
+    assert gradcheck(run, (x, *tensors), fast_mode=True)
+    assert gradgradcheck(run, (x, *tensors), fast_mode=True)
 
 
 STEM_GEOMETRY = {"3x3": (3, 1, 1), "7x7 stride 2": (7, 2, 3), "1x1": (1, 1, 0)}
@@ -148,16 +137,17 @@ def stem_case(
         x, *leaves = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
         mean, variance = torch.randn(4, dtype=torch.float64) * 0.1, torch.rand(4, dtype=torch.float64) + 0.5
 
-        def normed(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-            x = F.conv2d(x, weight, bias, stride, padding)
-            return F.batch_norm(x, mean, variance, gamma, beta, eps=1e-3)  # noqa: B023
+        def conv(weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> ConvParams:
+            return ConvParams(weight * 1, bias, BatchNormParams(gamma, beta, mean, variance), EPS)  # noqa: B023
 
-        def fused(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-            conv = ConvParams(weight * 1, bias, BatchNormParams(gamma, beta, mean, variance), 1e-3)  # noqa: B023
-            return conv2d_relu(x, conv, stride=(stride, stride), padding=(padding, padding))
+        def fused(x: Tensor, *leaves: Tensor) -> Tensor:
+            return conv2d_relu(x, conv(*leaves), stride=(stride, stride), padding=(padding, padding))
 
-        if normed(x, *leaves).abs().min() > KINK_MARGIN:
-            return x, leaves, fused, lambda *tensors: normed(*tensors).relu()
+        def plain(x: Tensor, *leaves: Tensor) -> Tensor:
+            return before_relu(x, conv(*leaves), stride, padding).relu()
+
+        if before_relu(x, conv(*leaves), stride, padding).abs().min() > KINK_MARGIN:
+            return x, leaves, fused, plain
     raise AssertionError("every input tried is near a kink")
 
 
@@ -182,19 +172,9 @@ def test_gradients_of_the_stem_arrive_in_any_layout(geometry: str, layout: str) 
 @pytest.mark.parametrize("of", ["face", "operator"])
 def test_gradcheck_on_the_parameters_themselves(of: str) -> None:
     # As a user writes it. gradcheck writes to its inputs through .data, which no version counter shows.
-    x, leaves, _ = away_from_kinks(SMALL, 5, 3, norm=False, bias=True)
-    weights, biases = leaves[::2], leaves[1::2]
-
-    def face(x: Tensor, *leaves: Tensor) -> Tensor:
-        return inception(x, as_convs(leaves, [], norm=False, bias=True))
-
-    def operator(x: Tensor, *leaves: Tensor) -> Tensor:
-        return torch.ops.googlenet_fused.inception(x, list(leaves[:6]), list(leaves[6:]), [], [0.0] * 6)
-
-    if of == "face":
-        assert gradcheck(face, (x, *leaves))
-    else:
-        assert gradcheck(operator, (x, *weights, *biases))
+    x, arguments = away_from_kinks(SMALL, 5, 3, norm=False, bias=True)
+    run, tensors = of_tensors({"face": run_face, "operator": run_operator}[of], arguments)
+    assert gradcheck(run, (x, *tensors))
 
 
 # Against the plain block's autograd.
@@ -216,9 +196,7 @@ class Folded(nn.Module):
                 bias = (norm.bias.double() - norm.running_mean.double() * scale).to(x.dtype)
             return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[2] // 2).relu()
 
-        c1, c3r, c3, c5r, c5, proj = conv_blocks(self.plain)
-        pooled = F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
-        return torch.cat([conv(x, c1), conv(conv(x, c3r), c3), conv(conv(x, c5r), c5), conv(pooled, proj)], dim=1)
+        return by_definition(x, conv_blocks(self.plain), conv)
 
 
 def clear_of_zero(module: nn.Module) -> nn.Module:
@@ -243,63 +221,58 @@ def check_gradients(fused: nn.Module, plain: nn.Module, x: Tensor, grad_output: 
     truth = gradients(copy.deepcopy(plain).double(), x.double(), grad_output.double())
     peers = [gradients(plain, x, grad_output), gradients(Folded(plain), x, grad_output)]
     for layout in ("contiguous", "channels_last"):
-        peers.append(gradients(plain, cases.LAYOUTS[layout](x), cases.LAYOUTS[layout](grad_output)))
+        peers.append(gradients(plain, LAYOUTS[layout](x), LAYOUTS[layout](grad_output)))
     assert list(actual) == list(truth)
     for name, gradient in actual.items():
         check_close(gradient, [peer[name] for peer in peers], truth[name], label=f"gradient of {name}")
 
 
-def cotangent(spec: InceptionSpec, x: Tensor, seed: int = 5) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape[0], spec.out_channels, *x.shape[2:], generator=generator).to(x.dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("layout", GRAD_LAYOUTS)
-@both_kernels
+@both_large_kernels
 def test_layouts_of_the_incoming_gradient(large_kernel: int, layout: str, dtype: torch.dtype) -> None:
-    spec = cases.both_kernels(MIDDLING)[large_kernel == 5]
-    x = cases.random_input(spec, 2, 7, 9, dtype)
+    spec = replace(MIDDLING, large_kernel=large_kernel)
+    x = random_input(spec, 2, 7, 9, dtype)
     grad = GRAD_LAYOUTS[layout](cotangent(spec, x))
-    check_gradients(cases.fused_inception(spec).to(dtype), cases.plain_inception(spec).to(dtype), x, grad)
+    check_gradients(fused_inception(spec).to(dtype), plain_inception(spec).to(dtype), x, grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", ["batch", None])
 def test_layouts_of_the_input(norm: str | None, layout: str, dtype: torch.dtype) -> None:
-    x = cases.LAYOUTS[layout](cases.random_input(MIDDLING, 3, 7, 6, dtype))
-    plain = clear_of_zero(cases.plain_inception(MIDDLING, norm)).to(dtype)
+    x = LAYOUTS[layout](random_input(MIDDLING, 3, 7, 6, dtype))
+    plain = clear_of_zero(plain_inception(MIDDLING, norm)).to(dtype)
     check_gradients(FusedInception.from_module(plain), plain, x, cotangent(MIDDLING, x))
 
 
 @pytest.mark.parametrize("name", ["3a", "5b"])
 def test_a_module_of_the_network(name: str) -> None:
-    spec, side = cases.GOOGLENET_MODULES[name]
-    x = cases.random_input(spec, 1, side, side)
-    check_gradients(cases.fused_inception(spec), cases.plain_inception(spec), x, cotangent(spec, x))
+    spec, side = GOOGLENET_MODULES[name]
+    x = random_input(spec, 1, side, side)
+    check_gradients(fused_inception(spec), plain_inception(spec), x, cotangent(spec, x))
 
 
-@pytest.mark.parametrize("shape", cases.SMALL_SIZES)
-@pytest.mark.parametrize("name", cases.ODD_SPECS)
+@pytest.mark.parametrize("shape", SMALL_SIZES)
+@pytest.mark.parametrize("name", ODD_SPECS)
 def test_odd_shapes(name: str, shape: tuple[int, int, int]) -> None:
-    spec = cases.ODD_SPECS[name]
-    x = cases.random_input(spec, *shape, torch.float64)
-    fused, plain = cases.fused_inception(spec).double(), cases.plain_inception(spec).double()
+    spec = ODD_SPECS[name]
+    x = random_input(spec, *shape, torch.float64)
+    fused, plain = fused_inception(spec).double(), plain_inception(spec).double()
     check_gradients(fused, plain, x, cotangent(spec, x))
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@both_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@both_large_kernels
 def test_exact_integers(large_kernel: int, layout: str) -> None:
     # Full of ties: zeros under ReLU and equal values under the maximum, where torch's choice of subgradient is to be met.
-    spec = cases.both_kernels(cases.ODD_SPECS["primes"])[large_kernel == 5]
-    plain = cases.plain_inception(spec, norm=None).double()
+    spec = replace(ODD_SPECS["primes"], large_kernel=large_kernel)
+    plain = plain_inception(spec, norm=None).double()
     with torch.no_grad():
-        for block, conv in zip(conv_blocks(plain), cases.integer_convs(spec, torch.float64), strict=True):
+        for block, conv in zip(conv_blocks(plain), integer_convs(spec, torch.float64), strict=True):
             block.conv.weight.copy_(conv.weight)
             block.conv.bias.copy_(conv.bias)
-    x = cases.LAYOUTS[layout](cases.integer_input(spec, 2, 6, 7, torch.float64))
+    x = LAYOUTS[layout](integer_input(spec, 2, 6, 7, torch.float64))
     grad = torch.randint(-3, 4, (2, spec.out_channels, 6, 7), dtype=torch.float64)
     expected = gradients(plain, x, grad)
     actual = gradients(FusedInception.from_module(plain), x, grad)
@@ -308,9 +281,9 @@ def test_exact_integers(large_kernel: int, layout: str) -> None:
 
 
 def test_empty_batch() -> None:
-    fused, plain = cases.fused_inception(cases.TINY), cases.plain_inception(cases.TINY)
-    x = cases.random_input(cases.TINY, 0, 5, 4)
-    grad = x.new_zeros(0, cases.TINY.out_channels, 5, 4)
+    fused, plain = fused_inception(TINY), plain_inception(TINY)
+    x = random_input(TINY, 0, 5, 4)
+    grad = x.new_zeros(0, TINY.out_channels, 5, 4)
     expected = gradients(plain, x, grad)
     for name, gradient in gradients(fused, x, grad).items():
         assert torch.equal(gradient, expected[name]), name
@@ -318,9 +291,9 @@ def test_empty_batch() -> None:
 
 def test_gradients_through_sum_and_mean_and_cat() -> None:
     # Consumers whose backward hands on stride-0 views and slices.
-    plain = cases.plain_inception(cases.TINY).double()
+    plain = plain_inception(TINY).double()
     fused = FusedInception.from_module(plain)
-    x = cases.random_input(cases.TINY, 2, 5, 6, torch.float64)
+    x = random_input(TINY, 2, 5, 6, torch.float64)
 
     def loss(module: nn.Module, x: Tensor) -> Tensor:
         out = module(x)
@@ -335,9 +308,9 @@ def test_gradients_through_sum_and_mean_and_cat() -> None:
 
 
 def test_two_consumers_of_one_module() -> None:
-    plain = cases.plain_inception(InceptionSpec(17, 3, 4, 6, 2, 3, 5), norm=None).double()
+    plain = plain_inception(InceptionSpec(17, 3, 4, 6, 2, 3, 5), norm=None).double()
     fused = FusedInception.from_module(plain)
-    x = cases.random_input(fused.spec, 1, 4, 5, torch.float64)
+    x = random_input(fused.spec, 1, 4, 5, torch.float64)
     found = []
     for module in (fused, plain):
         leaf = x.clone().requires_grad_()
@@ -347,9 +320,9 @@ def test_two_consumers_of_one_module() -> None:
 
 
 def test_double_backward_is_the_plain_blocks() -> None:
-    plain = cases.plain_inception(cases.TINY).double()
+    plain = plain_inception(TINY).double()
     fused = FusedInception.from_module(plain)
-    x = cases.random_input(cases.TINY, 2, 5, 7, torch.float64)
+    x = random_input(TINY, 2, 5, 7, torch.float64)
     found = []
     for module in (fused, plain):
         leaf = x.clone().requires_grad_()
@@ -360,23 +333,21 @@ def test_double_backward_is_the_plain_blocks() -> None:
 
 
 def test_nan_and_infinity_reach_the_gradients_as_in_the_plain_block() -> None:
-    plain = cases.plain_inception(cases.TINY, norm=None)
-    x = cases.random_input(cases.TINY, 2, 5, 6)
+    plain = plain_inception(TINY, norm=None)
+    x = random_input(TINY, 2, 5, 6)
     x[0, 1, 2, 3], x[1, 0, 0, 0] = float("nan"), float("inf")
-    grad = cotangent(cases.TINY, x)
+    grad = cotangent(TINY, x)
     expected = gradients(plain, x, grad)
     for name, gradient in gradients(FusedInception.from_module(plain), x, grad).items():
         assert torch.equal(gradient.isfinite(), expected[name].isfinite()), name
 
 
 def test_an_output_changed_in_place_is_right_or_an_error() -> None:
-    plain = cases.plain_inception(cases.TINY).double()
-    x = cases.random_input(cases.TINY, 1, 4, 5, torch.float64)
-    expected = gradients(nn.Sequential(plain, nn.Hardtanh(inplace=True)), x, cotangent(cases.TINY, x))
+    plain = plain_inception(TINY).double()
+    x = random_input(TINY, 1, 4, 5, torch.float64)
+    expected = gradients(nn.Sequential(plain, nn.Hardtanh(inplace=True)), x, cotangent(TINY, x))
     try:
-        actual = gradients(
-            nn.Sequential(FusedInception.from_module(plain), nn.Hardtanh(inplace=True)), x, cotangent(cases.TINY, x)
-        )
+        actual = gradients(nn.Sequential(FusedInception.from_module(plain), nn.Hardtanh(inplace=True)), x, cotangent(TINY, x))
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)  # noqa: PT017
         return
@@ -405,11 +376,11 @@ def partly_frozen(module: nn.Module, what: str) -> nn.Module:
     "what", ["x only", "weights only", "norms only", "all but a reduction", "one convolution", "x and a norm's bias"]
 )
 def test_frozen_parts_get_no_gradient(what: str) -> None:
-    x = cases.random_input(cases.TINY, 2, 5, 6, torch.float64)
-    grad = cotangent(cases.TINY, x)
+    x = random_input(TINY, 2, 5, 6, torch.float64)
+    grad = cotangent(TINY, x)
     found: list[dict[str, Tensor | None]] = []
-    for make in (cases.fused_inception, cases.plain_inception):
-        module = partly_frozen(make(cases.TINY).double(), what)
+    for make in (fused_inception, plain_inception):
+        module = partly_frozen(make(TINY).double(), what)
         leaf = x.clone().requires_grad_(what.startswith("x"))
         module(leaf).backward(grad)
         tensors = {"x": leaf, **dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -424,17 +395,19 @@ def test_frozen_parts_get_no_gradient(what: str) -> None:
 
 
 def test_running_statistics_get_no_gradient() -> None:
-    x, leaves, statistics = away_from_kinks(SMALL, 4, 5, norm=True, bias=False)
+    x, arguments = away_from_kinks(SMALL, 4, 5, norm=True, bias=False)
+    weights, _, norms, _ = arguments
+    statistics, leaves = norms[2::4] + norms[3::4], weights + norms[0::4] + norms[1::4]
     for statistic in statistics:
         statistic.requires_grad_()
-    inception(x, as_convs(tuple(leaves), statistics, norm=True, bias=False)).sum().backward()
+    run_face(x, arguments).sum().backward()
     assert all(statistic.grad is None for statistic in statistics)
     assert all(leaf.grad is not None for leaf in leaves)
 
 
 def test_frozen_module_without_gradients_keeps_no_graph() -> None:
-    module = cases.fused_inception(cases.TINY)
-    x = cases.random_input(cases.TINY, 1, 4, 5)
+    module = fused_inception(TINY)
+    x = random_input(TINY, 1, 4, 5)
     assert module(x).grad_fn is not None
     with torch.no_grad():
         assert module(x.clone().requires_grad_()).grad_fn is None
@@ -442,7 +415,7 @@ def test_frozen_module_without_gradients_keeps_no_graph() -> None:
 
 
 def test_the_stems_block_has_gradients() -> None:
-    plain = cases.plain_inception(cases.TINY).double().branch2[1]
+    plain = plain_inception(TINY).double().branch2[1]
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     grad = torch.randn(2, 6, 5, 6, dtype=torch.float64)
     actual, expected = gradients(FusedConv2d.from_module(plain), x, grad), gradients(plain, x, grad)
@@ -456,7 +429,7 @@ def test_the_stems_block_has_gradients() -> None:
 @pytest.mark.parametrize("forward_inside", [False, True])
 def test_autocast(forward_inside: bool, backward_inside: bool) -> None:
     spec = MIDDLING
-    x = cases.random_input(spec, 2, 7, 9)
+    x = random_input(spec, 2, 7, 9)
     grad = cotangent(spec, x)
 
     def run(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -469,115 +442,12 @@ def test_autocast(forward_inside: bool, backward_inside: bool) -> None:
             found = torch.autograd.grad(out, list(named.values()), grad.to(out.dtype))
         return dict(zip(named, found, strict=True))
 
-    plain = clear_of_zero(cases.plain_inception(spec))
+    plain = clear_of_zero(plain_inception(spec))
     actual = run(FusedInception.from_module(plain), x, grad)
     truth = gradients(copy.deepcopy(plain).double(), x.double(), grad.double())
-    peers = [run(plain, cases.LAYOUTS[layout](x), grad) for layout in ("contiguous", "channels_last")]
+    peers = [run(plain, LAYOUTS[layout](x), grad) for layout in ("contiguous", "channels_last")]
     if forward_inside:
         in_bf16 = gradients(Folded(plain), x.bfloat16(), grad.bfloat16())
         peers.append({name: gradient.float() for name, gradient in in_bf16.items()})
     for name, gradient in actual.items():
         check_close(gradient, [peer[name] for peer in peers], truth[name], label=f"gradient of {name}")
-
-
-# Training.
-
-
-def train(
-    module: nn.Module,
-    steps: int,
-    update: Callable[[list[nn.Parameter]], None] | None = None,
-    optimizer_options: dict[str, bool] | None = None,
-) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Steps of SGD on seeded batches: the loss and the state after each."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, **optimizer_options or {})
-    for step in range(steps):
-        x = cases.random_input(cases.TINY, 3, 5, 6, torch.float64, seed=step)
-        loss = (module(x) - cotangent(cases.TINY, x, seed=step)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        if update is None:
-            optimizer.step()
-        else:
-            update(parameters)
-        yield loss.item(), {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def check_training(
-    fused: nn.Module,
-    plain: nn.Module,
-    update: Callable[[list[nn.Parameter]], None] | None = None,
-    optimizer_options: dict[str, bool] | None = None,
-) -> None:
-    states = [{name: tensor.clone() for name, tensor in plain.state_dict().items()}]
-    for (loss, state), (expected_loss, expected) in zip(
-        train(fused, 4, update, optimizer_options), train(plain, 4, update), strict=True
-    ):
-        assert loss == pytest.approx(expected_loss, rel=1e-11)
-        torch.testing.assert_close(state, expected, **FP64_TOLERANCE)
-        states.append(state)
-    for before, after in pairwise(states):
-        assert not torch.equal(before["branch1.conv.weight"], after["branch1.conv.weight"])
-
-
-def make_fused_and_plain(norm: str | None) -> tuple[FusedInception, Inception]:
-    return cases.fused_inception(cases.TINY, norm).double(), cases.plain_inception(cases.TINY, norm).double()
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("norm", ["batch", None])
-def test_training(norm: str | None, training: bool) -> None:
-    fused, plain = make_fused_and_plain(norm)
-    check_training(fused.train(training), plain.train(training))
-
-
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=lambda options: next(iter(options)))
-@pytest.mark.parametrize("training", [False, True])
-def test_training_with_other_implementations_of_the_optimizer(training: bool, options: dict[str, bool]) -> None:
-    # The fused one writes to the parameters without a new version.
-    fused, plain = make_fused_and_plain(None)
-    check_training(fused.train(training), plain.train(training), optimizer_options=options)
-
-
-@pytest.mark.parametrize("norm", ["batch", None])
-def test_training_that_updates_through_data(norm: str | None) -> None:
-    def update(parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            parameter.data.sub_(0.02 * parameter.grad)  # type: ignore[operator]
-
-    fused, plain = make_fused_and_plain(norm)
-    for module in (fused, plain):
-        module.train()
-        for block in conv_blocks(module):
-            if block.bn is not None:
-                block.bn.eval()  # live batch norm would run plain
-    check_training(fused, plain, update)
-
-
-def test_fine_tuning_with_frozen_batch_norm() -> None:
-    fused, plain = make_fused_and_plain("batch")
-    for module in (fused, plain):
-        module.train()
-        for block in conv_blocks(module):
-            block.bn.eval()
-    statistics = {name: tensor.clone() for name, tensor in fused.named_buffers()}
-    check_training(fused, plain)
-    assert all(torch.equal(tensor, statistics[name]) for name, tensor in fused.named_buffers())
-
-
-def test_one_live_batch_norm_among_frozen_ones() -> None:
-    fused, plain = make_fused_and_plain("batch")
-    for module in (fused, plain):
-        module.branch3[0].bn.train()
-    before = fused.branch3[0].bn.running_mean.clone()
-    check_training(fused, plain)
-    assert not torch.equal(fused.branch3[0].bn.running_mean, before)
-
-
-def test_evaluation_between_steps_follows_the_training() -> None:
-    fused, plain = make_fused_and_plain(None)
-    x = cases.random_input(cases.TINY, 1, 5, 6, torch.float64)
-    for _ in zip(train(fused, 3), train(plain, 3), strict=True):
-        with torch.no_grad():
-            torch.testing.assert_close(fused(x), plain(x), **FP64_TOLERANCE)

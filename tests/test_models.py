@@ -10,6 +10,7 @@ from math import ceil, prod, sqrt
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import assert_same
 from torch import Tensor, nn
 from torchvision.models import googlenet as torchvision_factory
 from torchvision.models.googlenet import BasicConv2d as TorchvisionConv
@@ -34,10 +35,6 @@ def pair(**arguments: object) -> tuple[GoogLeNet, TorchvisionGoogLeNet]:
 
 def image(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def assert_same(actual: Tensor, expected: Tensor, label: str = "") -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=lambda text: f"{label}: {text}")
 
 
 def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
