@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,8 +58,7 @@ class _LogLines(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        # The stem and the modules are announced apart; without what it was made for, the same choice reads the same.
-        message = re.sub(r"^(auto chose backend \S+) for [^(]*", r"\1 ", record.getMessage())
+        message = record.getMessage()
         if message not in self._said:
             self._said.add(message)
             _say(f"warning: {message}" if record.levelno >= logging.WARNING else message)
@@ -291,7 +289,6 @@ def _classify(arguments: argparse.Namespace) -> int:
     import torch
 
     from googlenet_fused.bench import progress_bar
-    from googlenet_fused.demo import backend_used
     from googlenet_fused.images import ImageError, find_images, load_image, preprocess
 
     results: list[dict[str, Any]] = []
@@ -312,7 +309,7 @@ def _classify(arguments: argparse.Namespace) -> int:
             failed(name, error)
     if paths:
         model, network = _classifier(arguments)
-        backend = backend_used(model)
+        backend = model.fusion_report.backends  # type: ignore[union-attr, assignment]
         weights = network.weights if network.path is None else str(network.path)
         with torch.inference_mode(), progress_bar(len(paths), "classifying") as advance:
             for path in paths:

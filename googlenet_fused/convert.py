@@ -60,6 +60,11 @@ class FusionReport:
     def skipped(self) -> list[BlockReport]:
         return [block for block in self.blocks if not block.fused]
 
+    @property
+    def backends(self) -> str:
+        """The backend that ran the fused blocks in their self-check; names with commas between if blocks differ."""
+        return ", ".join(dict.fromkeys(block.backend for block in self.fused if block.backend is not None))
+
     def __str__(self) -> str:
         if not self.blocks:
             return "no Inception block was found"

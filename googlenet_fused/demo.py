@@ -58,7 +58,7 @@ class Network:
 class Outcome:
     """What was measured: logits ``[photographs, 1000]``, and the largest logit error and the time of each network.
 
-    ``backend`` is what ran the fused network, as `backend_used` gives it.
+    ``backend`` is what ran the fused network, as ``FusionReport.backends`` gives it.
     """
 
     network: Network
@@ -152,12 +152,6 @@ def choose_network(weights: Path | None = None, *, transform_input: bool = False
         return Network(seeded_network(transform_input=transform_input), "seeded, untrained weights", None), str(error)
 
 
-def backend_used(fused: nn.Module) -> str:
-    """The backend that runs a network that ``fuse`` made; their names with commas between if its blocks differ."""
-    report: FusionReport = fused.fusion_report  # type: ignore[assignment]
-    return ", ".join(dict.fromkeys(block.backend for block in report.fused if block.backend is not None))
-
-
 def run(
     output: Path,
     *,
@@ -216,7 +210,7 @@ def _compare(console: Console, network: Network, photographs: Mapping[str, Image
     except FusionMismatch as error:
         raise DemoError(str(error)) from error
     report: FusionReport = fused.fusion_report  # type: ignore[assignment]
-    backend = backend_used(fused)
+    backend = report.backends
     modules = sum(block.kind == "inception" for block in report.fused)
     convolutions = len(report.fused) - modules
     console.print(

@@ -20,12 +20,10 @@ pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
 
 from rich.console import Console
-from torch import nn
 
-from googlenet_fused import FusionMismatch, FusionReport, cli, demo, googlenet, use_backend
+from googlenet_fused import FusionMismatch, cli, demo, googlenet, use_backend
 from googlenet_fused.backends import registry
 from googlenet_fused.cli import main
-from googlenet_fused.convert import BlockReport
 from googlenet_fused.images import sample_photographs
 
 COMMANDS = ("doctor", "demo", "classify", "bench")
@@ -184,7 +182,7 @@ def test_the_reason_for_a_backend_is_said_once_and_the_log_left_as_it_was(
     used = json.loads(captured.out)["backend_used"]
     (reason,) = [line for line in captured.err.splitlines() if "auto chose" in line]
     assert reason.startswith("googlenet-fused: ")
-    assert f"auto chose backend {used!r} (" in reason
+    assert f"auto chose backend {used!r} for float32 on cpu (" in reason
     assert reason.endswith(")")
     assert not caplog.records, "shown by the command, not by the log's own handlers as well"
     assert (logger.level, logger.propagate, logger.handlers) == before
@@ -196,14 +194,7 @@ def test_a_choice_that_costs_speed_is_a_warning(
     monkeypatch.setattr(type(registry.get("cpu")), "supports", lambda *_: "it has\na (long) lunch")
     assert main(["classify", str(folder / "chelsea.png"), "--weights", str(trained)]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "auto" in line]
-    assert said == ["googlenet-fused: warning: auto chose backend 'reference' (cpu: it has a (long) lunch)"]
-
-
-def test_blocks_on_several_backends_are_all_named() -> None:
-    model = nn.Identity()
-    blocks = [BlockReport(f"block{i}", "inception", True, backend=name) for i, name in enumerate(["a", "b", None, "a"])]
-    model.fusion_report = FusionReport([BlockReport("plain", "conv", False, backend="c"), *blocks])  # type: ignore[assignment]
-    assert demo.backend_used(model) == "a, b"
+    assert said == ["googlenet-fused: warning: auto chose backend 'reference' for float32 on cpu (cpu: it has a (long) lunch)"]
 
 
 def test_classify_transforms_the_input_when_told(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:

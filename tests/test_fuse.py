@@ -342,3 +342,8 @@ def test_error_in_the_report_is_of_this_run() -> None:
     block = only_block(fuse(plain_inception(PRIMES)))
     reduced = only_block(fuse(plain_inception(PRIMES).bfloat16()))
     assert block.max_error < 1e-6 < 1e-4 < reduced.max_error < 0.05  # type: ignore[operator]
+
+
+def test_blocks_on_several_backends_are_all_named() -> None:
+    blocks = [BlockReport(f"block{i}", "inception", True, backend=name) for i, name in enumerate(["a", "b", None, "a"])]
+    assert FusionReport([BlockReport("plain", "conv", False, backend="c"), *blocks]).backends == "a, b"

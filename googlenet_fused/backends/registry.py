@@ -99,7 +99,7 @@ class BackendError(RuntimeError):
 
 _backends: dict[str, Backend] = {}
 _requested: ContextVar[str] = ContextVar("googlenet_fused_backend", default=AUTO)
-_announced: set[tuple[str, str, torch.dtype, bool]] = set()
+_announced: set[tuple[str, str, torch.dtype]] = set()
 
 
 def register(backend: Backend) -> None:
@@ -189,13 +189,12 @@ def select(name: str, problem: Problem) -> Backend:
 
 
 def _announce(backend: Backend, problem: Problem, refusals: dict[str, str]) -> None:
-    key = (backend.name, problem.device.type, problem.dtype, problem.spec is None)
+    key = (backend.name, problem.device.type, problem.dtype)
     if key in _announced:
         return
     _announced.add(key)
     why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items()) or "the most preferred backend supports it"
     # Ending at the last resort costs the user speed, which they would want to hear of without asking.
     level = logging.WARNING if refusals and backend.name == names()[-1] else logging.INFO
-    what = "convolutions with ReLU" if problem.spec is None else "Inception modules"
     dtype = str(problem.dtype).removeprefix("torch.")
-    logger.log(level, "auto chose backend %r for %s in %s on %s (%s)", backend.name, what, dtype, problem.device.type, why)
+    logger.log(level, "auto chose backend %r for %s on %s (%s)", backend.name, dtype, problem.device.type, why)
