@@ -55,12 +55,15 @@ GRAD_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def kink_distance(x: Tensor, convs: list[ConvParams]) -> float:
-    """Distance to a point without a derivative: the least argument of a ReLU, or lead of a maximum over the second largest."""
+    """Distance to a point without a derivative: the least argument of a ReLU, or lead of a maximum over the second largest.
+
+    Negative if a ReLU is closed at every pixel of every channel: behind it all gradients are zero and nothing is compared.
+    """
     distances = []
 
     def conv(x: Tensor, params: ConvParams) -> Tensor:
         x = before_relu(x, params)
-        distances.append(x.abs().min().item())
+        distances.append(x.abs().min().item() if (x > 0).any() else -1.0)
         return x.relu()
 
     by_definition(x, convs, conv)
@@ -70,7 +73,7 @@ def kink_distance(x: Tensor, convs: list[ConvParams]) -> float:
 
 
 def away_from_kinks(spec: InceptionSpec, height: int, width: int, *, norm: bool, bias: bool) -> tuple[Tensor, Arguments]:
-    for seed in range(50):
+    for seed in range(200):
         x = random_input(spec, 2, height, width, torch.float64, seed=seed)
         arguments = inception_arguments(spec, norm=norm, bias=bias, dtype=torch.float64, requires_grad=True, seed=seed)
         with torch.no_grad():
