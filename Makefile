@@ -23,7 +23,7 @@ install: .venv/.installed ## make .venv with the package and all that demo, test
 demo: .venv/.installed ## plain against fused GoogLeNet on real photographs; report and chart in demo-output/
 	@$(BIN)/googlenet-fused demo --output demo-output
 
-test: .venv/.installed ## all tests, slow ones last (PYTEST_FLAGS="-k name" narrows them)
+test: .venv/.installed ## all tests, slow ones last (PYTEST_FLAGS="-k name" runs some, in one process)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: .venv/.installed ## ruff, mypy, the import direction, and the tables generated from the benchmarks

@@ -93,7 +93,13 @@ class Inception(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: InceptionSpec, **kwargs: Any) -> Self:
-        """A module of a spec's widths and kernel size; ``kwargs`` are the constructor's other arguments."""
+        """A module of a spec's widths and kernel size; ``kwargs`` are the constructor's other arguments.
+
+        Raises:
+            TypeError: ``spec`` is not an ``InceptionSpec``.
+        """
+        if not isinstance(spec, InceptionSpec):
+            raise TypeError(f"spec must be an InceptionSpec, such as GOOGLENET_SPECS['4a'], got {spec!r}")
         return cls(**asdict(spec), **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -104,15 +104,19 @@ def fuse(
         The fused copy. Its ``fusion_report`` is a ``FusionReport``; ``print(model.fusion_report)`` shows it.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or is TorchScript; ``filter_fn`` is no function or does not return a bool.
         ValueError: an unknown backend or ``on_mismatch``.
         BackendError: the backend that was named cannot run a block on this device in this dtype.
         FusionMismatch: a block failed its check and ``on_mismatch`` is ``"raise"``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is TorchScript, whose modules cannot be replaced: fuse the eager model, then trace the result")
     if on_mismatch not in ("raise", "keep"):
         raise ValueError(f"on_mismatch must be 'raise' or 'keep', got {on_mismatch!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of (module, name) that returns True or False, got {filter_fn!r}")
     registry.check_name(backend)
     reports: list[BlockReport] = []
 
@@ -130,7 +134,9 @@ def fuse(
     report = FusionReport(reports)
     model.fusion_report = report  # type: ignore[assignment]
     if not report.fused:
-        logger.warning("fuse: nothing was fused; %s", report)
+        reasons = {block.reason for block in report.skipped}
+        why = "no Inception block was found" if not report.blocks else "; ".join(sorted(filter(None, reasons)))
+        logger.warning("fuse: nothing was fused: %s", why)
     return model
 
 
@@ -160,28 +166,37 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace(model: nn.Module, replacement: Callable[[nn.Module, str], nn.Module | None]) -> nn.Module:
-    """``model`` with each module that has a replacement replaced, wherever and however often it occurs. Names are qualified."""
-    known: dict[nn.Module, nn.Module] = {}
+Replacement = Callable[[nn.Module, str], nn.Module | None]
 
-    def visit(module: nn.Module, name: str) -> nn.Module:
-        if module not in known:
-            new = replacement(module, name)
-            known[module] = module if new is None else new
-            if new is None:
-                for child_name, child in module._modules.items():
-                    if child is not None:
-                        module._modules[child_name] = visit(child, f"{name}.{child_name}" if name else child_name)
-        return known[module]
 
-    return visit(model, "")
+def _replace(
+    module: nn.Module, replacement: Replacement, name: str = "", known: dict[nn.Module, nn.Module] | None = None
+) -> nn.Module:
+    """``module`` with each module in it that has a replacement replaced, wherever and however often it occurs.
+
+    Not a closure that calls itself, which would be a reference cycle and keep the model alive after its last user.
+    """
+    known = {} if known is None else known
+    if module not in known:
+        new = replacement(module, name)
+        known[module] = module if new is None else new
+        if new is None:
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    qualified = f"{name}.{child_name}" if name else child_name
+                    module._modules[child_name] = _replace(child, replacement, qualified, known)
+    return known[module]
 
 
 def _fuse_block(
     plain: nn.Module, name: str, kind: BlockKind, filter_fn: Filter | None, backend: str, on_mismatch: str
 ) -> tuple[nn.Module, BlockReport]:
-    if filter_fn is not None and not filter_fn(plain, name):
-        return plain, BlockReport(name, kind, fused=False, reason="filter_fn said no")
+    if filter_fn is not None:
+        wanted = filter_fn(plain, name)
+        if not isinstance(wanted, bool):
+            raise TypeError(f"filter_fn must return True or False, got {wanted!r} for {name or 'the model itself'}")
+        if not wanted:
+            return plain, BlockReport(name, kind, fused=False, reason="filter_fn said no")
     try:
         fused = _FUSED_CLASSES[kind].from_module(plain, backend=backend)
     except CannotFuse as reason:

@@ -1,4 +1,4 @@
-"""The forward pass of a fused module where only its result is wanted: straight to the backend, past torch's dispatcher.
+"""The forward pass of a fused module where only its result is wanted: straight to the backend, past the operator.
 
 An operator's call from Python, with its arguments checked and its weights looked up, takes a tenth of a small module's time on
 a CPU. Where nothing can observe the operator, and after a first call has gone through it, it may as well be left out.
@@ -45,6 +45,7 @@ _CAN_TELL = all(
     hasattr(owner, name)
     for owner, name in (
         (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C, "_len_torch_function_stack"),
         (getattr(torch._C, "_functorch", None), "peek_interpreter_stack"),
         (torch._C, "_get_tracing_state"),
         (getattr(torch._C, "_autograd", None), "_profiler_enabled"),
@@ -53,8 +54,8 @@ _CAN_TELL = all(
 
 
 def unobserved(x: Tensor) -> bool:
-    """Whether a call with ``x`` runs operators and nothing else: no gradients of either mode, autocast, tracing, transform of
-    ``torch.func``, dispatch mode or profiler. False, too, where this torch cannot tell.
+    """Whether nothing wants to know of the operator: no gradients of either mode, autocast, tracing, transform of
+    ``torch.func``, dispatch or function mode, or profiler. False, too, where this torch cannot tell.
     """
     return not (
         torch.compiler.is_compiling()
@@ -63,6 +64,7 @@ def unobserved(x: Tensor) -> bool:
         or type(x) is not Tensor
         or ops.in_forward_ad()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()

@@ -57,10 +57,10 @@ def _detach(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.detach() for tensor in tensors)
 
 
-def forget(convs: Sequence[ConvParams]) -> None:
-    """Drop the weights packed for these convolutions, after a change that cannot be seen: a write through ``.data``."""
-    _packed.forget(convs[0].weight)
-    _folded.forget(convs[0].weight)
+def forget(weight: Tensor) -> None:
+    """Drop what is kept of a module, by its first convolution's weight, after a change that cannot be seen."""
+    _packed.forget(weight)
+    _folded.forget(weight)
 
 
 def tensors_of(conv: ConvParams) -> list[Tensor]:

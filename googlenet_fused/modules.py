@@ -8,8 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from googlenet_fused import direct as direct_call
-from googlenet_fused import kept_weights
+from googlenet_fused import direct, kept_weights
 from googlenet_fused.backends import registry
 from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm
 from googlenet_fused.direct import DirectCall, unobserved
@@ -27,7 +26,7 @@ class CannotFuse(ValueError):
 
 
 class _Fused(nn.Module):
-    """What fused modules share: packed weights that follow the parameters, and the way back to the plain module.
+    """What fused modules share: which way a call takes, packed weights that follow the parameters, and the way back.
 
     ``_watch`` is a shortcut for the calls that users time: while nothing about the module changes, they need not go through the
     operator and its cache.
@@ -40,6 +39,24 @@ class _Fused(nn.Module):
     def _conv_blocks(self) -> tuple[nn.Module, ...]:
         raise NotImplementedError
 
+    def _through_operator(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _bind_direct(self, x: Tensor) -> DirectCall:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = self._shortcut(x)
+        if run is not None:
+            return run(x)
+        if any(_has_live_norm(block) for block in self._conv_blocks()):
+            if not torch.compiler.is_compiling():
+                self.repack()  # live batch norm updates its statistics without a trace
+            return super().forward(x)
+        out = self._through_operator(x)
+        self._make_shortcut(x)
+        return out
+
     def to_plain(self) -> nn.Module:
         """The plain module of the class this one was made from, sharing its parameters."""
         plain = self.plain_class.__new__(self.plain_class)
@@ -50,23 +67,29 @@ class _Fused(nn.Module):
     def repack(self) -> None:
         """Forget the packed weights. Needed only after a change that cannot be seen, as through ``weight.data``."""
         self._watch = None
-        kept_weights.forget([_conv_params(block) for block in self._conv_blocks()])
+        conv: Any = self._conv_blocks()[0]._modules["conv"]
+        weight = conv._parameters.get("weight")
+        if weight is not None:
+            kept_weights.forget(weight)
 
-    def _direct(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def _shortcut(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The forward pass for ``x`` without the operator, if that is ready and the module unchanged."""
         if not unobserved(x):  # first, so that a compiler sees no attribute that changes
             return None
         watch = self._watch
-        if watch is None or not watch.intact(self):
+        if watch is None:
             return None
-        return watch.value.run if watch.value.serves(x, self.backend) else None
+        if not watch.intact(self):
+            self.repack()  # a norm that counted a batch has written its statistics, which the operator's cache cannot see
+            return None
+        return watch.value.run if watch.current() and watch.value.serves(x, self.backend) else None
 
-    def _make_direct(self, x: Tensor, make: Callable[[], DirectCall]) -> None:
+    def _make_shortcut(self, x: Tensor) -> None:
         """After a call with ``x`` that went through the operator: spare the next ones that."""
         if not unobserved(x) or self.training or x.is_meta or not x.numel():
             return
         try:
-            self._watch = ModuleWatch(self, make)
+            self._watch = ModuleWatch(self, lambda: self._bind_direct(x))
         except ValueError:
             self._watch = None
 
@@ -116,18 +139,14 @@ class FusedConv2d(_Fused, BasicConv2d):
     def _conv_blocks(self) -> tuple[nn.Module, ...]:
         return (self,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        direct = self._direct(x)
-        if direct is not None:
-            return direct(x)
-        if _has_live_norm(self):
-            if not torch.compiler.is_compiling():
-                self.repack()  # live batch norm updates its statistics without a trace
-            return super().forward(x)
-        params, stride, padding, backend = _conv_params(self), self.conv.stride, self.conv.padding, self.backend
-        out = conv2d_relu(x, params, stride=stride, padding=padding, backend=backend, cache=not self.training)  # type: ignore[arg-type]
-        self._make_direct(x, lambda: direct_call.conv2d_relu(x, params, stride, padding, backend))  # type: ignore[arg-type]
-        return out
+    def _through_operator(self, x: Tensor) -> Tensor:
+        conv: Any = self.conv
+        params, cache = _conv_params(self), not self.training
+        return conv2d_relu(x, params, stride=conv.stride, padding=conv.padding, backend=self.backend, cache=cache)
+
+    def _bind_direct(self, x: Tensor) -> DirectCall:
+        conv: Any = self.conv
+        return direct.conv2d_relu(x, _conv_params(self), conv.stride, conv.padding, self.backend)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"
@@ -141,8 +160,10 @@ class FusedInception(_Fused, Inception):
     are merged, and the packed weights are kept until a parameter, its dtype or its device changes. In training mode batch norm
     is live and the module runs as the plain one does; without batch norm (``norm=None``) training runs fused too.
 
-    A change that leaves neither a new tensor nor a new version behind, such as ``weight.data.mul_(2)``, is followed only after
-    ``train()``, ``eval()`` or ``repack()``. Hooks on the inner convolutions do not fire while the module runs fused.
+    A change that leaves neither a new tensor nor a new version behind, such as ``weight.data.mul_(2)`` or a write to shared
+    memory by another process, is followed only after ``train()``, ``eval()`` or ``repack()``. Hooks on the inner
+    convolutions do not fire while the module runs fused, and another pool or dilation put into it later is not
+    looked at.
 
     Args:
         in_channels, ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj: the widths, any positive integers.
@@ -205,19 +226,12 @@ class FusedInception(_Fused, Inception):
     def _conv_blocks(self) -> tuple[nn.Module, ...]:
         return _conv_blocks(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        direct = self._direct(x)
-        if direct is not None:
-            return direct(x)
-        blocks = _conv_blocks(self)
-        if any(_has_live_norm(block) for block in blocks):
-            if not torch.compiler.is_compiling():
-                self.repack()  # live batch norm updates its statistics without a trace
-            return super().forward(x)
-        convs = [_conv_params(block) for block in blocks]
-        out = inception(x, convs, backend=self.backend, cache=not self.training)
-        self._make_direct(x, lambda: direct_call.inception(x, convs, self.backend))
-        return out
+    def _through_operator(self, x: Tensor) -> Tensor:
+        convs = [_conv_params(block) for block in self._conv_blocks()]
+        return inception(x, convs, backend=self.backend, cache=not self.training)
+
+    def _bind_direct(self, x: Tensor) -> DirectCall:
+        return direct.inception(x, [_conv_params(block) for block in self._conv_blocks()], self.backend)
 
     def extra_repr(self) -> str:
         return f"large_kernel={self.spec.large_kernel}, backend={self.backend!r}"
@@ -354,15 +368,26 @@ def _has_live_norm(block: nn.Module) -> bool:
 
 
 def _conv_params(block: nn.Module) -> ConvParams:
+    """The block's tensors.
+
+    Raises:
+        CannotFuse: pruning, weight normalisation, a parametrisation or another replacement has taken one of them away.
+    """
     conv, norm = block._modules["conv"], block._modules["bn"]
-    weight, bias = conv._parameters["weight"], conv._parameters["bias"]  # type: ignore[union-attr]
-    if norm is None:
-        return ConvParams(weight, bias)  # type: ignore[arg-type]
-    affine, statistics = norm._parameters, norm._buffers
-    params = BatchNormParams(
-        affine["weight"],  # type: ignore[arg-type]
-        affine["bias"],  # type: ignore[arg-type]
-        statistics["running_mean"],  # type: ignore[arg-type]
-        statistics["running_var"],  # type: ignore[arg-type]
-    )
-    return ConvParams(weight, bias, params, norm.eps)  # type: ignore[arg-type]
+    try:
+        weight, bias = conv._parameters["weight"], conv._parameters["bias"]  # type: ignore[union-attr]
+        if norm is None:
+            return ConvParams(weight, bias)  # type: ignore[arg-type]
+        affine, statistics = norm._parameters, norm._buffers
+        params = BatchNormParams(
+            affine["weight"],  # type: ignore[arg-type]
+            affine["bias"],  # type: ignore[arg-type]
+            statistics["running_mean"],  # type: ignore[arg-type]
+            statistics["running_var"],  # type: ignore[arg-type]
+        )
+        return ConvParams(weight, bias, params, norm.eps)  # type: ignore[arg-type]
+    except KeyError as missing:
+        raise CannotFuse(
+            f"a fused block's convolution or batch norm has no parameter or buffer {missing} any more (pruned, normalised or "
+            "parametrised after fusing?): do that to the plain model, which googlenet_fused.unfuse(model) gives back"
+        ) from None

@@ -78,15 +78,35 @@ def inception(x: Tensor, convs: Sequence[ConvParams], *, backend: str = registry
 
     :Equivalent pytorch code: ``googlenet_fused.blocks.Inception.forward``
     """
-    convs = [conv if isinstance(conv, ConvParams) else ConvParams(*conv) for conv in convs]
-    if len(convs) != 6:
-        raise ValueError(f"convs must hold the six convolutions of InceptionSpec.convs, got {len(convs)}")
+    convs = _as_convs(convs)
+    _check_tensor(x)
     # Here, since under torch.func.jvp the operator itself is handed tensors without their tangents.
     _refuse_forward_ad(x, *(tensor for conv in convs for tensor in tensors_of(conv)))
     x = _autocast_input(x, convs[0].weight.dtype)
     if torch.compiler.is_compiling() or _differentiates(x, convs):
         return torch.ops.googlenet_fused.inception.default(x, *_flatten(convs), backend, cache)
     return torch.ops.googlenet_fused.inception_packed.default(x, *pack(convs, x.dtype, cache), backend)
+
+
+def _as_convs(convs: Any) -> list[ConvParams]:
+    wanted = "convs must hold six ConvParams or tuples (weight, bias), in the order of InceptionSpec.convs"
+    if not isinstance(convs, Sequence):
+        raise TypeError(f"{wanted}, got {type(convs).__name__}")
+    if len(convs) != 6:
+        raise ValueError(f"{wanted}, got {len(convs)}")
+    for index, conv in enumerate(convs):
+        if not isinstance(conv, tuple | list) or not conv or not isinstance(conv[0], Tensor):
+            raise TypeError(f"{wanted}, got {type(conv).__name__} at {index}")
+    found = [conv if isinstance(conv, ConvParams) else ConvParams(*conv) for conv in convs]
+    without = [str(index) for index, conv in enumerate(found) if conv.bias is None]
+    if 0 < len(without) < 6:
+        raise ValueError(f"{wanted}: all with a bias or all without, but there is none at {', '.join(without)}")
+    return found
+
+
+def _check_tensor(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
 
 
 def conv2d_relu(
@@ -108,6 +128,7 @@ def conv2d_relu(
         BackendError: the backend that was named cannot run this.
         NotImplementedError: forward-mode differentiation.
     """
+    _check_tensor(x)
     _refuse_forward_ad(x, *tensors_of(conv))
     x = _autocast_input(x, conv.weight.dtype)
     return torch.ops.googlenet_fused.conv2d_relu.default(
@@ -296,15 +317,20 @@ def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
     grad = aten.threshold_backward(grad, output.detach(), 0)
     grad1, grad3, grad5, gradp = (grad[:, channels] for channels in spec.slices)
-    to_1x1 = _conv2d_backward(grad1, x, w1)
-    to_3x3 = _conv2d_backward(grad3, reduced3, w3)
-    to_3x3red = _conv2d_backward(aten.threshold_backward(to_3x3[0], reduced3, 0), x, w3r)
-    to_5x5 = _conv2d_backward(grad5, reduced5, w5)
-    to_5x5red = _conv2d_backward(aten.threshold_backward(to_5x5[0], reduced5, 0), x, w5r)
-    to_proj = _conv2d_backward(gradp, pooled, wp)
-    through_pool = aten.max_pool2d_with_indices_backward(to_proj[0], x, [3, 3], [1, 1], [1, 1], [1, 1], False, indices)
+    of_x, of_parameters = wanted = ctx.needs_input_grad[0], _any_wanted(ctx.needs_input_grad[1:])
+    to_1x1 = _conv2d_backward(grad1, x, w1, wanted)
+    to_3x3 = _conv2d_backward(grad3, reduced3, w3, (True, of_parameters))
+    to_3x3red = _conv2d_backward(aten.threshold_backward(to_3x3[0], reduced3, 0), x, w3r, wanted)
+    to_5x5 = _conv2d_backward(grad5, reduced5, w5, (True, of_parameters))
+    to_5x5red = _conv2d_backward(aten.threshold_backward(to_5x5[0], reduced5, 0), x, w5r, wanted)
+    to_proj = _conv2d_backward(gradp, pooled, wp, wanted)
 
-    grad_x = to_1x1[0] + to_3x3red[0] + to_5x5red[0] + through_pool
+    grad_x = None
+    if of_x:
+        through_pool = aten.max_pool2d_with_indices_backward(to_proj[0], x, [3, 3], [1, 1], [1, 1], [1, 1], False, indices)
+        grad_x = to_1x1[0] + to_3x3red[0] + to_5x5red[0] + through_pool
+    if not of_parameters:
+        return grad_x, *([None] * count for count in ctx.counts), *(None, None, None)
     of_folded = (to_1x1, to_3x3red, to_3x3, to_5x5red, to_5x5, to_proj)
     grads = [fold_batch_norm_backward(conv, dw, db) for conv, (_, dw, db) in zip(convs, of_folded, strict=True)]
     return (
@@ -316,14 +342,29 @@ def _inception_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _any_wanted(needs: Sequence[Any]) -> bool:
+    """Whether a gradient is wanted of any argument, lists among them."""
+    return any(_any_wanted(need) if isinstance(need, list | tuple) else need for need in needs)
+
+
 def _conv2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int] = (1, 1), padding: Sequence[int] | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    wanted: tuple[bool, bool],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; without ``padding``, of a convolution that keeps height and width."""
+    """Gradients of x, weight and bias; without ``padding``, of a convolution that keeps height and width.
+
+    ``wanted`` says whether that of x, and whether those of weight and bias are computed; the others are None.
+    """
     if padding is None:
         padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    of_x, of_parameters = wanted
     return aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [True, True, True]
+        *(grad, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1),
+        [of_x, of_parameters, of_parameters],
     )
 
 
@@ -423,8 +464,11 @@ def _conv2d_relu_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor
 def _conv2d_relu_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, output, weight, bias, *norm = ctx.saved_tensors
     conv = _conv_of(weight, bias, norm, ctx.eps)
+    wanted = ctx.needs_input_grad[0], _any_wanted(ctx.needs_input_grad[1:])
     grad = aten.threshold_backward(grad, output.detach(), 0)
-    grad_x, *of_folded = _conv2d_backward(grad, x, fold_batch_norm(conv, x.dtype)[0], ctx.stride, ctx.padding)
+    grad_x, *of_folded = _conv2d_backward(grad, x, fold_batch_norm(conv, x.dtype)[0], wanted, ctx.stride, ctx.padding)
+    if not wanted[1]:
+        return grad_x, None, None, [None] * len(norm), *(None,) * 5
     grads = fold_batch_norm_backward(conv, *of_folded)
     return grad_x, grads.weight, grads.bias, list(grads.norm or ()), *(None,) * 5
 

@@ -11,8 +11,8 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.nn import BatchNorm2d, Conv2d, Module, Parameter
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn import Module, Parameter
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger("googlenet_fused")
@@ -21,18 +21,23 @@ Value = TypeVar("Value", bound=tuple[Tensor, ...])
 Watched = TypeVar("Watched")
 
 
+_forgotten = 0  # calls of forget: a watch looks again after one
 _optimizer_steps = 0
-_unseen_changes = 0  # optimizer steps and calls of forget: a watch looks again after one
+_last_step: dict[int, int] = {}  # by id of a parameter; an id that comes to mean another one costs a rebuild
 
 
-def _count_optimizer_step(*_: object) -> None:
-    global _optimizer_steps, _unseen_changes
+def _record_optimizer_step(optimizer: Optimizer, *_: object) -> None:
+    global _optimizer_steps
     _optimizer_steps += 1
-    _unseen_changes += 1
+    _last_step.update((id(parameter), _optimizer_steps) for group in optimizer.param_groups for parameter in group["params"])
 
 
 # Fused optimizers write to parameters without moving their version counters.
-register_optimizer_step_post_hook(_count_optimizer_step)
+register_optimizer_step_post_hook(_record_optimizer_step)
+
+
+def _stepped_since(steps: int, tensors: Sequence[Tensor]) -> bool:
+    return steps != _optimizer_steps and any(_last_step.get(id(tensor), 0) > steps for tensor in tensors)
 
 
 _FOLLOWED = {Tensor, Parameter}
@@ -50,9 +55,10 @@ class ParameterCache(Generic[Value]):
     """Values built from tensors, kept for as long as none of those tensors is replaced, moved or written to.
 
     An entry lives as long as its first source tensor and is valid while every source is the same object with the same version
-    counter and storage address and no optimizer of torch's has made a step. In-place updates, ``load_state_dict``, training
-    steps and ``Module.to`` all change one of these. A write through ``.data`` or ``.detach().numpy()`` changes none and cannot
-    be seen: ``forget`` serves that case.
+    counter and storage address and no optimizer of torch's has made a step on it. In-place updates, ``load_state_dict``,
+    training steps and ``Module.to`` all change one of these. A write through ``.data``, through ``.detach().numpy()``, by
+    another process to shared memory, or by batch norm to its running statistics changes none and cannot be seen: ``forget``
+    serves those cases.
     """
 
     def __init__(self) -> None:
@@ -67,7 +73,7 @@ class ParameterCache(Generic[Value]):
         if by_key is None:
             by_key = self._entries[sources[0]] = {}
         entry = by_key.get(key)
-        if entry is not None and entry.optimizer_steps == _optimizer_steps and entry.states == states:
+        if entry is not None and entry.states == states and not _stepped_since(entry.optimizer_steps, sources):
             for known, source in zip(entry.sources, sources, strict=True):
                 if known() is not source:
                     break
@@ -83,30 +89,36 @@ class ParameterCache(Generic[Value]):
 
     def forget(self, source: Tensor) -> None:
         """Drop what was built with ``source`` as the first source tensor."""
-        global _unseen_changes
-        _unseen_changes += 1
+        global _forgotten
+        _forgotten += 1
         self._entries.pop(source, None)
 
 
 class ModuleWatch(Generic[Watched]):
-    """A value derived from all the tensors of a module, and a quick way to ask whether the module is still as it was.
+    """A value derived from all the tensors of a module in evaluation mode, and a quick way to ask whether it still holds.
 
-    It sees a child, parameter or buffer replaced, written to or given other memory, batch norm set to training or to another
-    eps, and every step of an optimizer of torch's; what ``ParameterCache`` cannot see, neither can it. Asking costs a tenth of
-    collecting the tensors and looking them up.
+    It sees a child, parameter or buffer replaced, written to or given other memory, a norm set to training or to another eps, a
+    convolution given another stride or padding, batches counted by a norm, and every step of an optimizer of torch's. Asking
+    costs a tenth of collecting the tensors and looking them up.
     """
 
     def __init__(self, module: Module, build: Callable[[], Watched]) -> None:
-        """Raises ``ValueError`` if the module holds a tensor that cannot be followed."""
-        self._unseen_changes = _unseen_changes
+        """``build`` must read all that it needs from the module, which may change before it is called.
+
+        Raises:
+            ValueError: the module holds a tensor that cannot be followed.
+        """
+        self._forgotten, self._optimizer_steps = _forgotten, _optimizer_steps
         self._root = module._modules
         slots: list[tuple[dict[str, Any], str, Any]] = []
         for child in module.modules():
-            for registry in (child._modules, child._parameters, child._buffers):
-                slots += [(registry, name, member) for name, member in registry.items() if not _is_counter(member)]
-            followed = _FOLLOWED_ATTRIBUTES.get(type(child), ()) if child is not module else ("training",)
-            slots += [(vars(child), name, vars(child)[name]) for name in followed]
-        self._registries, self._names, self._members = zip(*slots, strict=True)
+            for members in (child._modules, child._parameters, child._buffers):
+                slots += [(members, name, member) for name, member in members.items()]
+            if child is not module:  # whose own attributes hold this watch: a cycle
+                attributes = vars(child)
+                names = ("training", "eps") if "eps" in attributes else ("stride", "padding")
+                slots += [(attributes, name, attributes[name]) for name in names if name in attributes]
+        self._owners, self._names, self._members = zip(*slots, strict=True)
         self._tensors = [member for member in self._members if isinstance(member, Tensor)]
         states = _states(self._tensors)
         if states is None:
@@ -118,23 +130,19 @@ class ModuleWatch(Generic[Watched]):
     def intact(self, module: Module) -> bool:
         """Whether ``module`` is the one that was watched (and not a copy that took over its attributes), unchanged."""
         return (
-            self._unseen_changes == _unseen_changes
+            not module.training
             and self._root is module._modules
-            and all(map(is_, map(dict.get, self._registries, self._names), self._members))
+            and all(map(is_, map(dict.get, self._owners, self._names), self._members))
             and list(map(_version_of, self._tensors)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
         )
 
+    def current(self) -> bool:
+        """Whether nothing happened since that ``intact`` could not see."""
+        return self._forgotten == _forgotten and not _stepped_since(self._optimizer_steps, self._tensors)
 
-_FOLLOWED_ATTRIBUTES: dict[type[Module], tuple[str, ...]] = {
-    BatchNorm2d: ("training", "eps"),
-    Conv2d: ("stride", "padding"),
-}
+
 _version_of = attrgetter("_version")
-
-
-def _is_counter(member: object) -> bool:
-    return isinstance(member, Tensor) and not member.is_floating_point()  # num_batches_tracked: nothing is derived from it
 
 
 def _states(sources: Sequence[Tensor]) -> list[tuple[int, int]] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -11,9 +13,12 @@ import cases
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations, prune
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from googlenet_fused import FusedInception, modules, use_backend
+from googlenet_fused import CannotFuse, FusedInception, modules, use_backend
 from googlenet_fused.blocks import BasicConv2d
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.randomize import randomize_
@@ -100,6 +105,7 @@ OBSERVERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "forward mode": _in_forward_mode,
     "dispatch mode": Seen,
+    "function mode": lambda: BaseTorchFunctionMode(),
     "profiler": torch.autograd.profiler.profile,
 }
 
@@ -141,6 +147,16 @@ def test_a_trace_records_the_operator(kind: str, operator_calls: list[str]) -> N
         assert len(operator_calls) == 2
         assert "googlenet_fused::" in str(traced.inlined_graph)
         assert torch.equal(traced(image()), expected)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_records_the_operator(pre_dispatch: bool) -> None:
+    module = make("inception")
+    with torch.no_grad():
+        module(image()), module(image())
+        graph = make_fx(module, pre_dispatch=pre_dispatch)(image()).graph
+    assert [str(node.target) for node in graph.nodes if "mkldnn" in str(node.target)] == []
+    assert any("googlenet_fused." in str(node.target) for node in graph.nodes)
 
 
 class Marked(Tensor):
@@ -210,6 +226,102 @@ def test_changes_are_followed(kind: str, change: str) -> None:
         after = module(image())
         assert torch.equal(after, fresh(image()))
         assert not torch.equal(after, before)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A norm that someone puts into a fused module, which looks at the classes only when it is made."""
+
+
+@Kinds
+def test_the_eps_of_a_derived_norm_is_followed(kind: str) -> None:
+    module = make(kind)
+    owner = module.branch1 if isinstance(module, FusedInception) else module
+    norm = OwnNorm(owner.bn.num_features)
+    norm.load_state_dict(owner.bn.state_dict())
+    owner.bn = norm.eval()
+    with torch.no_grad():
+        before = module(image()), module(image())
+        norm.eps = 2.0
+        assert not torch.equal(module(image()), before[0])
+        assert torch.equal(module(image()), copy.deepcopy(module)(image()))
+
+
+@Kinds
+def test_statistics_that_a_plain_twin_has_updated_are_followed(kind: str) -> None:
+    module = make(kind)
+    twin = module.to_plain()
+    with torch.no_grad():
+        before = module(image()), module(image())
+        twin.train()(image() * 3)
+        twin.eval()
+        after = module(image())
+        assert not torch.equal(after, before[0])
+        assert torch.equal(after, copy.deepcopy(module)(image()))
+
+
+@Kinds
+def test_parameters_assigned_during_the_first_call_are_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make(kind)
+    name = "inception" if kind == "inception" else "conv2d_relu"
+    face = getattr(modules, name)
+
+    def assigning(*args: object, **options: object) -> Tensor:
+        out = face(*args, **options)
+        _replace_weight(module)
+        return out
+
+    with torch.no_grad():
+        monkeypatch.setattr(modules, name, assigning)
+        module(image())
+        monkeypatch.undo()
+        expected = copy.deepcopy(module)(image())
+        for _ in range(3):
+            assert torch.equal(module(image()), expected)
+
+
+@Kinds
+def test_a_step_of_an_unrelated_optimizer_changes_nothing(kind: str, packs: list[object], folds: list[object]) -> None:
+    module, other = make(kind), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), fused=True)
+    for _ in range(3):
+        with torch.no_grad():
+            module(image()), module(image())
+        other(torch.ones(2)).sum().backward()
+        optimizer.step()
+    assert len(packs) + len(folds) in (1, 6 + 1), "packed once; an Inception module folds its six convolutions doing so"
+
+
+@Kinds
+def test_a_module_that_has_run_is_freed_without_the_collector(kind: str) -> None:
+    module = make(kind)
+    with torch.no_grad():
+        module(image()), module(image())
+    alive = weakref.ref(next(module.parameters()))
+    gc.disable()
+    try:
+        del module
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+PRUNERS: dict[str, Callable[[nn.Module], object]] = {
+    "pruned": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "parametrised": lambda conv: parametrizations.weight_norm(conv),
+}
+
+
+@Kinds
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_weight_taken_away_is_named(kind: str, pruner: str) -> None:
+    module = make(kind)
+    with torch.no_grad():
+        module(image())
+        PRUNERS[pruner](module.branch1.conv if isinstance(module, FusedInception) else module.conv)
+        module.train().eval()
+        with pytest.raises(CannotFuse, match=r"no parameter or buffer 'weight' any more .*googlenet_fused\.unfuse\(model\)"):
+            module(image())
+        assert module.to_plain()(image()).isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "value"), [("stride", (1, 1)), ("padding", (0, 0))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -94,3 +96,18 @@ def test_a_block_with_hooks_inside_stays_plain() -> None:
     assert outcome(fused) == {"0": True, "1": False}
     assert report_of(fused).skipped[0].reason == "branch2.0: the block has hooks, which would not fire"
     assert type(fused[1]) is Inception
+
+
+@pytest.mark.parametrize("way", [fuse, lambda plain: unfuse(fuse(plain))], ids=["fuse", "unfuse"])
+def test_a_copy_is_freed_without_the_collector(way: Callable[[nn.Module], nn.Module]) -> None:
+    made = way(small_model())
+    with torch.no_grad():
+        made(torch.randn(1, 3, 9, 8)), made(torch.randn(1, 3, 9, 8))
+    alive = weakref.ref(next(made.parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        del made
+        assert alive() is None
+    finally:
+        gc.enable()

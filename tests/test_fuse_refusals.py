@@ -37,6 +37,26 @@ def test_wrong_on_mismatch(on_mismatch: object) -> None:
         fuse(small_model(), on_mismatch=on_mismatch)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("filter_fn", ["inception4", True, [1]])
+def test_a_filter_that_is_no_function(filter_fn: object) -> None:
+    with pytest.raises(TypeError, match=r"filter_fn must be a function of \(module, name\)"):
+        fuse(small_model(), filter_fn)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("answer", [None, "yes", torch.zeros(2)])
+def test_a_filter_that_answers_neither_true_nor_false(answer: object) -> None:
+    with pytest.raises(TypeError, match=r"filter_fn must return True or False, got .* for 0"):
+        fuse(small_model(), lambda module, name: answer)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_torchscript_is_named() -> None:
+    with torch.no_grad():
+        traced = torch.jit.trace(small_model(), torch.randn(1, 3, 9, 8))
+    with pytest.raises(TypeError, match=r"model is TorchScript, .*fuse the eager model"):
+        fuse(traced)
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="unknown backend 'gpu': choose one of 'auto'"):
         fuse(small_model(), backend="gpu")

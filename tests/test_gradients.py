@@ -35,6 +35,7 @@ from cases import (
 )
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from googlenet_fused import FusedInception, InceptionSpec
 from googlenet_fused.modules import FusedConv2d
@@ -454,3 +455,30 @@ def test_autocast(forward_inside: bool, backward_inside: bool) -> None:
         peers.append({name: gradient.float() for name, gradient in in_bf16.items()})
     for name, gradient in actual.items():
         check_close(gradient, [peer[name] for peer in peers], truth[name], label=f"gradient of {name}")
+
+
+class Masks(TorchDispatchMode):
+    """Which of the gradients of x, weight and bias each convolution's backward pass computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[bool]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.ops.aten.convolution_backward.default:
+            self.found.append(list(args[-1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", ["x", "parameters"])
+@pytest.mark.parametrize("kind", ["inception", "stem"])
+def test_gradients_that_nobody_wants_are_not_computed(kind: str, wanted: str) -> None:
+    module = fused_inception(TINY) if kind == "inception" else FusedConv2d.from_module(plain_inception(TINY).branch1)
+    module.requires_grad_(wanted == "parameters")
+    out = module(random_input(TINY, 2, 4, 5).requires_grad_(wanted == "x"))
+    with Masks() as masks:
+        out.sum().backward()
+    unwanted = [mask for mask in masks.found if (mask[1] or mask[2] if wanted == "x" else mask[0])]
+    through_the_large_kernels = 2 if kind == "inception" and wanted == "parameters" else 0
+    assert len(masks.found) == (6 if kind == "inception" else 1)
+    assert len(unwanted) == through_the_large_kernels

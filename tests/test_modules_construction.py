@@ -193,6 +193,13 @@ def test_from_spec(cls: type[Inception]) -> None:
         assert module.branch1.bn is None
 
 
+@pytest.mark.parametrize("spec", ["4a", None, (192, 64, 96, 128, 16, 32, 32, 5)])
+@pytest.mark.parametrize("cls", [Inception, FusedInception])
+def test_from_spec_of_something_else(cls: type[Inception], spec: object) -> None:
+    with pytest.raises(TypeError, match=r"spec must be an InceptionSpec, such as GOOGLENET_SPECS\['4a'\], got "):
+        cls.from_spec(spec)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("cls", [Inception, FusedInception])
 def test_a_spec_unpacked_into_the_constructor_names_from_spec(cls: type[Inception]) -> None:
     with pytest.raises(TypeError, match=rf"conv_block must be .*, got 5; .*{cls.__name__}\.from_spec\(spec\)"):

@@ -197,7 +197,7 @@ def test_wrong_list_lengths(group: str, way: Callable[[Tensor, Arguments], Tenso
 @pytest.mark.parametrize("way", [run_face, _face_with_gradients], ids=["face", "face with gradients"])
 def test_face_with_too_few_convs(way: Callable[[Tensor, Arguments], Tensor]) -> None:
     weights, biases, norms, eps = inception_arguments()
-    with pytest.raises(ValueError, match=r"six convolutions .*got 5"):
+    with pytest.raises(ValueError, match=r"convs must hold six .*, got 5"):
         way(image(), (weights[:5], biases, norms[:20], eps[:5]))
 
 
@@ -206,8 +206,32 @@ def test_face_with_a_bias_on_some_convs_only(way: Callable[..., Tensor]) -> None
     weights, _, _, _ = inception_arguments()
     convs = [ConvParams(weight, torch.zeros(len(weight)) if i % 2 else None) for i, weight in enumerate(weights)]
     x = image().requires_grad_(way is _face_with_gradients)
-    with pytest.raises(ValueError, match="bias"):
+    with pytest.raises(ValueError, match=r"all with a bias or all without, but there is none at 0, 2, 4"):
         inception(x, convs)
+
+
+WRONG_CONVS = {
+    "a module": (lambda: fused_inception(TINY), "got FusedInception"),
+    "none": (lambda: None, "got NoneType"),
+    "weights alone": (lambda: inception_arguments()[0], "got Tensor at 0"),
+    "an empty tuple": (lambda: [()] * 6, "got tuple at 0"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_CONVS)
+def test_face_with_something_else_than_convs(what: str) -> None:
+    make, found = WRONG_CONVS[what]
+    with pytest.raises(TypeError, match=rf"convs must hold six ConvParams or tuples \(weight, bias\).*, {found}$"):
+        inception(image(), make())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("x", [None, [1.0], "x"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_x_that_is_no_tensor(grad: bool, x: object) -> None:
+    stem = FusedConv2d.from_module(fused_inception(TINY).to_plain().branch1)
+    for call in (fused_inception(TINY), stem, lambda x: inception(x, as_convs(*inception_arguments()))):
+        with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"x must be a torch.Tensor, got {type(x).__name__}"):
+            call(x)  # type: ignore[arg-type]
 
 
 def test_unknown_backend_names_the_choices() -> None:

@@ -1,8 +1,9 @@
-"""The CPU backend: PyTorch's oneDNN convolutions, prepacked, channels_last, each branch written once into the concat buffer.
+"""The CPU backend: PyTorch's oneDNN convolutions, prepacked, channels_last, the branches copied into one concat buffer.
 
 ``torch.ops.mkldnn`` is not a documented interface, so the arguments of its operators are compared with those this file was
-written for before it is used. oneDNN can apply ReLU itself, but its ReLU turns NaN into 0 where torch's keeps it. It can write
-into a slice of the concat buffer too, but only slower than torch copies its dense results there.
+written for before it is used. oneDNN can apply ReLU itself, but its ReLU turns NaN into 0 where torch's keeps it, so ReLU is
+torch's, in place. oneDNN can write into a slice of the concat buffer too, but only slower than torch copies its dense results
+there.
 """
 
 from __future__ import annotations
