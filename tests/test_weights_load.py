@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def test_load_names_the_first_wrong_key_in_the_order_of_the_model(path: Path) ->
     tensors["conv1.conv.weight"] = torch.zeros(4, 3, 5, 5)
     message = refusal(TinyNet(), tensors, path)
     assert "conv1.conv.weight has shape [4, 3, 5, 5] in the file and [4, 3, 3, 3] in the model" in message
-    assert "3 of the model's keys do not fit" in message
+    assert "; in all 3 keys of the model not fitting" in message
 
 
 def test_load_leaves_the_model_alone_when_only_the_last_key_is_wrong(path: Path) -> None:
@@ -66,11 +68,13 @@ def test_load_refuses_missing_and_unexpected_keys(path: Path) -> None:
     del tensors["conv1.bn.weight"]
     assert "conv1.bn.weight is missing in the file" in refusal(TinyNet(), tensors, path)
     tensors = {"conv0.weight": torch.zeros(1), **tiny_state()}
-    assert "conv0.weight is in the file and not in the model" in refusal(TinyNet(), tensors, path)
+    assert "conv0.weight is in the file and not in the model; no other key is wrong" in refusal(TinyNet(), tensors, path)
     del tensors["fc.bias"]
     message = refusal(TinyNet(), tensors, path)
     assert "fc.bias is missing in the file" in message
-    assert "1 keys of the file are not in the model (first: conv0.weight)" in message
+    assert "in all 1 key of the model not fitting, 1 key of the file not in the model (first: conv0.weight)" in message
+    tensors["conv00.weight"] = torch.zeros(1)
+    assert "1 key of the model not fitting, 2 keys of the file not in the model" in refusal(TinyNet(), tensors, path)
 
 
 def test_load_not_strict_tells_what_it_left_out(path: Path) -> None:
@@ -100,7 +104,10 @@ def test_load_refuses_another_kind_of_number(dtype: torch.dtype, path: Path) -> 
 def test_load_refuses_values_that_are_not_finite(bad: float, path: Path) -> None:
     tensors = tiny_state()
     tensors["conv1.bn.running_var"][1] = bad
-    assert "conv1.bn.running_var holds 1 NaN or infinite values" in refusal(TinyNet(), tensors, path)
+    assert "conv1.bn.running_var holds 1 NaN or infinite value as" in refusal(TinyNet(), tensors, path)
+    several = {**tiny_state(), "fc.bias": torch.full((5,), bad)}
+    assert "fc.bias holds 5 NaN or infinite values as" in refusal(TinyNet(), several, path)
+    save_tensors(tensors, path)
     model = TinyNet()
     load_weights(model, path, allow_nonfinite=True)
     assert_same(model.state_dict(), tensors, equal_nan=True)
@@ -109,7 +116,7 @@ def test_load_refuses_values_that_are_not_finite(bad: float, path: Path) -> None
 def test_load_refuses_values_that_overflow_in_the_model(path: Path) -> None:
     tensors = tiny_state()
     tensors["fc.bias"][0] = 1e6
-    assert "fc.bias holds 1 NaN or infinite values as torch.float16" in refusal(TinyNet().half(), tensors, path)
+    assert "fc.bias holds 1 NaN or infinite value as torch.float16" in refusal(TinyNet().half(), tensors, path)
 
 
 def test_load_refuses_a_model_without_memory(path: Path) -> None:
@@ -151,12 +158,13 @@ def test_load_does_without_counters_on_either_side(path: Path) -> None:
 def test_load_says_how_many_classes_the_file_has(path: Path) -> None:
     message = refusal(TinyNet(), tiny_state(classes=9), path)
     assert "fc.weight has shape [9, 4] in the file and [5, 4] in the model" in message
-    assert "num_classes=9" in message
+    assert message.endswith("The file's classifier has 9 outputs: build the model with num_classes=9")
+    assert refusal(TinyNet(), tiny_state(classes=1), path).endswith("has 1 output: build the model with num_classes=1")
 
 
 def test_load_refuses_for_models_that_are_no_googlenet(path: Path) -> None:
     message = refusal(nn.Linear(2, 3), {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}, path)
-    assert "weight has shape [3, 4] in the file and [3, 2] in the model; in all 1 of the model's keys do not fit" in message
+    assert message.endswith("weight has shape [3, 4] in the file and [3, 2] in the model; no other key is wrong")
 
 
 def test_load_names_the_variants_it_was_asked_to_mix(path: Path) -> None:
@@ -170,10 +178,46 @@ def test_load_names_the_variants_it_was_asked_to_mix(path: Path) -> None:
     assert "The file holds the 'bvlc' variant" in message
 
 
-def test_load_refuses_sources_of_another_type() -> None:
-    for source in (7, None, TinyNet().state_dict()):
-        with pytest.raises(TypeError, match="source must be a path"):
-            load_weights(TinyNet(), source)  # type: ignore[arg-type]
+class OtherWeights(Enum):
+    DEFAULT = "other"
+
+
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        (7, r"7 \(int\)"),
+        (OtherWeights.DEFAULT, r"<OtherWeights\.DEFAULT: 'other'> \(\S*test_weights_load\.OtherWeights\)"),
+        (TinyNet().state_dict(), r"collections\.OrderedDict"),
+    ],
+)
+def test_sources_of_another_type_are_refused_under_the_name_of_the_argument(source: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=f"^source must be a path, .* or its name, got {got}$"):
+        load_weights(TinyNet(), source)
+    with pytest.raises(TypeError, match=f"^weights must be a path, .* or its name, got {got}$"):
+        googlenet(weights=source)
+
+
+def test_load_refuses_none() -> None:
+    with pytest.raises(TypeError, match=r"^source must be a path, .* got NoneType$"):
+        load_weights(TinyNet(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("load", [lambda name: load_weights(TinyNet(), name), lambda name: googlenet(weights=name)])
+def test_a_word_that_is_neither_a_file_nor_a_name_gets_the_choice(load: Callable[[str], object]) -> None:
+    with pytest.raises(WeightsError) as error:
+        load("imagenet")
+    assert message_of(error) == (
+        "imagenet: there is no such file, and no published weights of that name: "
+        "give a .pth, .pt or .safetensors file, 'DEFAULT' or 'IMAGENET1K_V1'"
+    )
+    with pytest.raises(WeightsError, match=r"none\.pth: there is no such file$"):
+        load("none.pth")
+
+
+def test_a_file_of_another_suffix_is_not_called_missing(tmp_path: Path) -> None:
+    (tmp_path / "w.onnx").write_bytes(b"data")
+    with pytest.raises(WeightsError, match="unsupported suffix"):
+        load_weights(TinyNet(), str(tmp_path / "w.onnx"))
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])

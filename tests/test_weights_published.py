@@ -18,6 +18,7 @@ import torch
 from cases import TinyNet, assert_same, message_of, save_tensors, tiny_state
 from torch import nn
 
+from googlenet_fused.models import googlenet
 from googlenet_fused.weights import GoogLeNet_Weights, Weights, WeightsError, fetch, load_weights, published_as
 
 MEMBER = GoogLeNet_Weights.IMAGENET1K_V1
@@ -171,8 +172,9 @@ def test_fetch_without_a_network_says_how_to_go_on(tmp_path: Path, monkeypatch: 
     message = message_of(error)
     assert weights.url in message
     assert "refused" in message
-    assert "--weights FILE" in message
-    assert "load_weights" in message
+    for way in ('googlenet(weights="FILE")', 'googlenet_fused.weights.load_weights(model, "FILE")', "--weights FILE"):
+        assert message.count(way) == 1
+    assert message.endswith("--weights FILE"), "the command line goes on with '; or ... --weights random'"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +221,7 @@ def test_published_weights_switch_the_input_transform_on(
     body = save_tensors(tensors, path).read_bytes()
     monkeypatch.setattr(MEMBER, "_value_", server.weights(body))
     cache = tmp_path / "cache"
-    for source in (MEMBER, "DEFAULT", "IMAGENET1K_V1", path, str(path)):
+    for source in (MEMBER, "DEFAULT", "default", "Default", "IMAGENET1K_V1", "imagenet1k_v1", path, str(path)):
         model = TinyNet()
         result = load_weights(model, source, cache_dir=cache, progress=False)
         assert_same(model.state_dict(), tensors)
@@ -236,6 +238,25 @@ def test_published_weights_switch_the_input_transform_on(
     plain = nn.Linear(1, 1)
     load_weights(plain, save_tensors({"weight": torch.ones(1, 1), "bias": torch.ones(1)}, path))
     assert not hasattr(plain, "transform_input")
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "default", MEMBER])
+def test_published_weights_are_not_fetched_for_the_other_variant(
+    weights: str | GoogLeNet_Weights, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(MEMBER, "_value_", server.weights(b"weights"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    bvlc = googlenet("bvlc", init_weights=False)
+    for load in (lambda: googlenet("bvlc", weights=weights, progress=False), lambda: load_weights(bvlc, weights)):
+        with pytest.raises(WeightsError) as error:
+            load()
+        message = message_of(error)
+        assert "no weights are published for the 'bvlc' variant" in message
+        assert "give a .pth, .pt or .safetensors file" in message
+    assert server.requests == []
+    with pytest.raises(WeightsError, match="truncated, damaged"):
+        googlenet(weights=weights, progress=False)
+    assert len(server.requests) == 1
 
 
 def test_weights_of_your_own_are_fetched_and_leave_the_input_transform(server: Server, tmp_path: Path) -> None:

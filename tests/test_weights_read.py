@@ -97,6 +97,25 @@ def test_read_names_what_the_file_is(suffix: str, content: bytes, reason: str, t
     assert message_of(error).startswith(str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"import torch\n", ""),  # KeyError: 105
+        (b"hello, world\n", ""),  # Unsupported operand 104
+        (b"0123", ""),  # pop from an empty list
+        (b"\x80\x02", ": it ends too early"),
+        (b"PK\x03\x04" + b"\x00" * 60, ": PytorchStreamReader failed reading zip archive: failed finding central directory"),
+    ],
+)
+def test_read_gives_the_cause_where_it_says_something(content: bytes, cause: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError) as error:
+        read_state_dict(path)
+    expected = f"{path} is truncated, damaged or not a file that torch.save wrote{cause}; copy or download it again"
+    assert message_of(error) == expected
+
+
 def test_read_refuses_other_suffixes(tmp_path: Path) -> None:
     for name in ("w.onnx", "w.caffemodel", "w"):
         (tmp_path / name).write_bytes(b"data")

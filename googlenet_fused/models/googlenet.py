@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm, conv_block_for
 from googlenet_fused.spec import GOOGLENET_SPECS
 from googlenet_fused.weights import GoogLeNet_Weights, Weights, load_weights
+from googlenet_fused.weights.load import resolve
 
 VariantName = Literal["torchvision", "bvlc"]
 AuxPool = Literal["adaptive", "5x5/3"]
@@ -326,15 +327,18 @@ def googlenet(
     Args:
         variant: which form of the network.
         weights: a ``.pth`` or ``.safetensors`` file, or the published weights, ``GoogLeNet_Weights.DEFAULT`` or ``"DEFAULT"``,
-            which are downloaded once. With these ``transform_input`` becomes True, as they expect.
+            which are downloaded once. With these ``transform_input`` becomes True, as they expect. None are published for
+            ``"bvlc"``.
         progress: whether a download shows its progress.
         aux_logits: whether the auxiliary heads are there; by default only without ``weights``, as in torchvision.
         num_classes, transform_input, init_weights, dropout, dropout_aux: as ``GoogLeNet`` takes them.
 
     Raises:
         WeightsError: the weights cannot be had or do not fit.
+        TypeError: ``weights`` is something else.
         ValueError: as ``GoogLeNet`` raises it.
     """
+    weights = None if weights is None else resolve(weights, "weights")
     aux_logits = weights is None if aux_logits is None else aux_logits
     init_weights = init_weights and weights is None
     model = GoogLeNet(

@@ -84,7 +84,8 @@ def _download(weights: GoogLeNet_Weights | Weights, path: Path, progress: bool, 
         reason = error.reason if type(error) is URLError else error
         raise WeightsError(
             f"cannot download {weights.url} to {path.parent}: {reason}. "
-            "Get the file on a machine with a network and give it with --weights FILE (in Python: load_weights(model, 'FILE'))"
+            'Get the file on a machine with a network and give it: in Python googlenet(weights="FILE") or '
+            'googlenet_fused.weights.load_weights(model, "FILE"), on the command line --weights FILE'
         ) from error
 
 

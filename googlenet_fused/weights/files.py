@@ -29,6 +29,9 @@ _IMPOSTORS = (
 
 _REMEDY = "; copy or download it again"
 
+_SAYS_NOTHING = re.compile(r"\S+$|Unsupported operand|pop from empty|(list )?index out of range|unpack requires")
+"""How unpickling fails on what is no pickle: a single word is the ``KeyError`` of an opcode or a name."""
+
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU, in the file's order.
@@ -116,7 +119,9 @@ def _why_refused(message: str) -> str:
         )
     if "TorchScript" in message:
         return "is a TorchScript program, not weights: save its state_dict() instead"
-    return f"is truncated, damaged or not a file that torch.save wrote: {_first_line(message) or 'it ends too early'}{_REMEDY}"
+    cause = _first_line(message) or "it ends too early"
+    reason = "" if _SAYS_NOTHING.match(cause) else f": {cause}"
+    return f"is truncated, damaged or not a file that torch.save wrote{reason}{_REMEDY}"
 
 
 def _first_line(error: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from googlenet_fused.weights.download import fetch, published_as
 from googlenet_fused.weights.errors import WeightsError
-from googlenet_fused.weights.files import read_state_dict
+from googlenet_fused.weights.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, read_state_dict
 from googlenet_fused.weights.published import GoogLeNet_Weights, Weights
 
 _AUX_HEADS = ("aux1.", "aux2.")
@@ -48,7 +49,8 @@ def load_weights(
 
     Args:
         model: the model to load; untouched if anything is wrong.
-        source: a ``.pth``, ``.pt`` or ``.safetensors`` file, a member of ``GoogLeNet_Weights`` or its name, or a ``Weights``.
+        source: a ``.pth``, ``.pt`` or ``.safetensors`` file, a member of ``GoogLeNet_Weights`` or its name in any case, or a
+            ``Weights``.
         strict: refuse missing and unexpected keys. Shapes and dtypes must fit in any case.
         allow_nonfinite: accept NaN and infinite values.
         cache_dir: where published weights are kept (see ``fetch``).
@@ -59,9 +61,15 @@ def load_weights(
             both shapes.
         TypeError: ``source`` is something else.
     """
-    path = _local_file(source, cache_dir, progress)
-    tensors = read_state_dict(path)
+    source = resolve(source, "source")
     targets = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    if isinstance(source, GoogLeNet_Weights) and _variant(targets) == "bvlc":
+        raise WeightsError(
+            f"no weights are published for the 'bvlc' variant, and {source} is for 'torchvision': "
+            "give a .pth, .pt or .safetensors file of the variant's weights instead"
+        )
+    path = source if isinstance(source, Path) else fetch(source, cache_dir, progress)
+    tensors = read_state_dict(path)
     missing = [key for key in targets if key not in tensors]
     unexpected = [key for key in tensors if key not in targets]
     wrong = {}
@@ -83,18 +91,31 @@ def load_weights(
     return LoadedWeights(path, published, missing, unexpected)
 
 
-def _local_file(
-    source: str | os.PathLike[str] | GoogLeNet_Weights | Weights, cache_dir: str | os.PathLike[str] | None, progress: bool
-) -> Path:
-    if isinstance(source, str) and source in GoogLeNet_Weights.__members__:
-        source = GoogLeNet_Weights[source]
+def resolve(source: str | os.PathLike[str] | GoogLeNet_Weights | Weights, argument: str) -> Path | GoogLeNet_Weights | Weights:
+    """What ``source`` stands for; nothing is read or downloaded. ``argument`` is what the caller's signature calls it.
+
+    Raises:
+        WeightsError: a string is neither a file nor the name of published weights.
+        TypeError: ``source`` is something else.
+    """
+    if isinstance(source, str):
+        if source.upper() in GoogLeNet_Weights.__members__:
+            return GoogLeNet_Weights[source.upper()]
+        path = Path(source).expanduser()
+        if path.suffix.lower() not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX) and not path.exists():
+            names = " or ".join(map(repr, sorted(GoogLeNet_Weights.__members__)))
+            raise WeightsError(
+                f"{source}: there is no such file, and no published weights of that name: "
+                f"give a .pth, .pt or .safetensors file, {names}"
+            )
+        return path
     if isinstance(source, GoogLeNet_Weights | Weights):
-        return fetch(source, cache_dir, progress)
-    if isinstance(source, str | os.PathLike):
+        return source
+    if isinstance(source, os.PathLike):
         return Path(source).expanduser()
-    raise TypeError(
-        f"source must be a path, a member of googlenet_fused.weights.GoogLeNet_Weights or its name, got {type(source).__name__}"
-    )
+    kind = f"{type(source).__module__}.{type(source).__qualname__}".removeprefix("builtins.")
+    got = f"{source!r} ({kind})" if isinstance(source, int | float | Enum) else kind
+    raise TypeError(f"{argument} must be a path, a member of googlenet_fused.GoogLeNet_Weights or its name, got {got}")
 
 
 def _fault(value: Tensor | None, target: Tensor, *, optional: bool, allow_nonfinite: bool) -> str | None:
@@ -110,7 +131,7 @@ def _fault(value: Tensor | None, target: Tensor, *, optional: bool, allow_nonfin
     if not allow_nonfinite and target.is_floating_point():
         bad = value.numel() - int(value.to(target.dtype).isfinite().sum())
         if bad:
-            return f"holds {bad} NaN or infinite values as {target.dtype} (allow_nonfinite=True accepts them)"
+            return f"holds {_count(bad, 'NaN or infinite value')} as {target.dtype} (allow_nonfinite=True accepts that)"
     return None
 
 
@@ -123,11 +144,17 @@ def _describe(
     targets: Mapping[str, Tensor],
 ) -> str:
     key, fault = next(iter(wrong.items())) if wrong else (surplus[0], "is in the file and not in the model")
-    counts = [(len(wrong), "of the model's keys do not fit"), (len(surplus), "keys of the file are not in the model")]
-    total = ", ".join(f"{count} {what}" for count, what in counts if count)
+    total = "no other key is wrong"
+    if len(wrong) + len(surplus) > 1:
+        counts = [(wrong, "of the model", "not fitting"), (surplus, "of the file", "not in the model")]
+        total = "in all " + ", ".join(f"{_count(len(keys), 'key')} {whose} {what}" for keys, whose, what in counts if keys)
     extra = f" (first: {surplus[0]})" if surplus and wrong else ""
     hint = _hint(wrong, tensors, targets)
-    return f"{path} does not fit the model ({type(model).__name__}): {key} {fault}; in all {total}{extra}{hint}"
+    return f"{path} does not fit the model ({type(model).__name__}): {key} {fault}; {total}{extra}{hint}"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _hint(wrong: Mapping[str, str], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> str:
@@ -139,7 +166,7 @@ def _hint(wrong: Mapping[str, str], tensors: Mapping[str, Tensor], targets: Mapp
         return ". The file has no auxiliary heads: build the model with aux_logits=False"
     if "fc.bias" in tensors and "fc.bias" in wrong and all(key.startswith(_CLASSIFIERS) for key in wrong):
         classes = tensors["fc.bias"].numel()
-        return f". The file has {classes} classes: build the model with num_classes={classes}"
+        return f". The file's classifier has {_count(classes, 'output')}: build the model with num_classes={classes}"
     return ""
 
 
