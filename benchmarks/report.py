@@ -123,17 +123,21 @@ def _bold(text: str, bold: bool) -> str:
 
 
 def _comparison(case: Case, by_place: Mapping[tuple[str, Case], Row]) -> str | None:
-    """One line on the fused network's time against the other runtimes'."""
+    """One line on the fused network's speed against PyTorch's, in both memory formats, and its time against other runtimes'."""
     ours = by_place.get((OURS, case))
     if ours is None or ours.timing is None:
         return None
+    channels_last = by_place.get(("eager_channels_last", case))
+    speeds = f"{ours.speedup:.2f}x the speed of PyTorch"
+    if channels_last is not None and channels_last.timing is not None:
+        speeds += f" and {channels_last.timing.median / ours.timing.median:.2f}x that of {channels_last.title}"
     others = []
     for provider in ("onnxruntime", "openvino"):
         row = by_place.get((provider, case))
         if row is not None and row.timing is not None:
             others.append(f"{ours.timing.median / row.timing.median:.2f}x the time of {row.title}")
-    against = f", {' and '.join(others)}" if others else ""
-    return f"- batch {case.batch}, {case.dtype}: {ours.speedup:.2f}x the speed of PyTorch{against}"
+    against = f"; {' and '.join(others)}" if others else ""
+    return f"- batch {case.batch}, {case.dtype}: {speeds}{against}"
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
@@ -159,7 +163,8 @@ def replaced(readme: str, section: str) -> str:
 
 def draw(result: Result, folder: Path) -> Path:
     machine = result.data["machine"]
-    title = f"GoogLeNet on {machine['cpu']}, {machine['threads']} threads"
+    threads = machine["threads"]
+    title = f"GoogLeNet on {machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
     return latency_chart(latency_panels(result.rows), folder / result.chart_name, title, metadata={"Source": result.digest})
 
 

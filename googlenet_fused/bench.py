@@ -448,6 +448,6 @@ def print_results(rows: Sequence[Row], threads: int, console: Console) -> None:
             if row.reason is not None:
                 console.print(f"{row.title}, {row.status}: {row.reason}\n", markup=False)
     console.print(
-        f"{threads} torch threads. Speed-up: median against PyTorch in the same run. Error: the largest of the logits, against "
-        "an fp64 run and relative to the largest logit."
+        f"{threads} torch thread{'s' if threads > 1 else ''}. Speed-up: median against PyTorch in the same run. "
+        "Error: the largest of the logits, against an fp64 run and relative to the largest logit."
     )

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 PLAIN_COLOUR = "#9aa5b1"
 FUSED_COLOUR = "#1f77b4"
+LOWER = "lower is better"
+WHISKERS = "bars: median; whiskers: 20th to 80th percentile"
 
 
 class ChartError(Exception):
@@ -65,11 +67,12 @@ def latency_chart(panels: Sequence[Panel], path: Path, title: str, *, metadata: 
     lines = -(-len(panels) // columns)
     tallest = max(len(panel.bars) for panel in panels)
     figure = _figure((7.0 * columns, (1.0 + 0.42 * tallest) * lines + 0.6))
-    for index, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(lines, columns, index)
+    places = figure.subfigures(lines, columns, squeeze=False).flat  # a title is centred on its subfigure, not on its axes
+    for place, panel in zip(places, panels, strict=False):
+        axes = place.add_subplot()
         _bars(axes, panel.bars)
-        axes.set_title(panel.title, fontsize=11)
-        axes.set_xlabel("ms a call: median, whiskers from p20 to p80")
+        place.suptitle(panel.title, fontsize=11)
+        axes.set_xlabel(f"ms a call, {LOWER} ({WHISKERS})", fontsize=9)
     figure.suptitle(title)
     return _save(figure, path, metadata)
 
@@ -88,23 +91,27 @@ def _bars(axes: Axes, bars: Sequence[Bar]) -> None:
 
 
 def demo_chart(photographs: Sequence[PhotographResult], latencies: Sequence[Bar], path: Path, *, subtitle: str) -> Path:
-    """Draws each photograph beside both networks' most probable classes, and the latencies below.
+    """Draws each photograph beside both networks' most probable classes, all on one scale, and the latencies below.
 
     Raises:
         ChartError: matplotlib is not installed.
     """
     lines = len(photographs)
-    figure = _figure((10.5, 2.5 * lines + 1.9))
-    grid = figure.add_gridspec(lines + 1, 2, width_ratios=(1, 1.5), height_ratios=[2.5] * lines + [1.3])
+    figure = _figure((10.5, 2.5 * lines + 2.3))
+    grid = figure.add_gridspec(lines + 1, 2, width_ratios=(1, 1.5), height_ratios=[2.5] * lines + [1.7])
+    first: Axes | None = None
     for line, photograph in enumerate(photographs):
         picture = figure.add_subplot(grid[line, 0])
         picture.imshow(photograph.image)
         picture.set_title(photograph.name, fontsize=11)
         picture.set_axis_off()
-        _probability_panel(figure.add_subplot(grid[line, 1]), photograph, legend=line == 0)
+        panel = figure.add_subplot(grid[line, 1], sharex=first)
+        _probability_panel(panel, photograph, legend=first is None)
+        first = first or panel
     axes = figure.add_subplot(grid[lines, :])
     _bars(axes, latencies)
-    axes.set_xlabel("ms an image at batch 1: median, whiskers from p20 to p80")
+    axes.set_title(f"Time an image at batch 1: {LOWER}", fontsize=11)
+    axes.set_xlabel(f"ms ({WHISKERS})", fontsize=9)
     figure.suptitle(f"GoogLeNet, plain and fused, on the same photographs\n{subtitle}", fontsize=12)
     return _save(figure, path)
 
@@ -120,7 +127,7 @@ def _probability_panel(axes: Axes, photograph: PhotographResult, *, legend: bool
     axes.set_xlabel("probability, %", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(loc="lower right", fontsize=9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
 
 
 def _figure(size: tuple[float, float]) -> Figure:

@@ -407,7 +407,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     written = [output / "bench.json"]
     written[0].write_text(json.dumps(document, indent=2) + "\n")
     try:
-        title = f"GoogLeNet on {machine['cpu']}, {machine['threads']} threads"
+        title = f"GoogLeNet on {machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
         written.append(latency_chart(bench.latency_panels(rows), output / "bench.png", title))
     except ChartError as error:
         _say(f"warning: no chart: {error}")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -23,8 +24,10 @@ from rich.console import Console
 
 from googlenet_fused import FusionMismatch, cli, demo, googlenet, use_backend
 from googlenet_fused.backends import registry
+from googlenet_fused.bench import Timing
 from googlenet_fused.cli import main
 from googlenet_fused.images import sample_photographs
+from googlenet_fused.weights import WeightsError
 
 COMMANDS = ("doctor", "demo", "classify", "bench")
 
@@ -334,24 +337,68 @@ def test_an_output_that_cannot_be_written_is_one_line_before_any_work(
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_demo_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_without_a_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subtitles: list[str] = []
+    draw = demo.demo_chart
+
+    def chart(*arguments: Any, subtitle: str) -> Path:
+        subtitles.append(subtitle)
+        return draw(*arguments, subtitle=subtitle)
+
+    monkeypatch.setattr(demo, "demo_chart", chart)
     console = Console(file=io.StringIO(), width=100)
     with use_backend("reference"):
         outcome = demo.run(tmp_path / "out", rounds=1, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("This runs GoogLeNet on 4 photographs twice")
-    assert "The class numbers below mean nothing" in text
+    assert "The published ones cannot be had here: no network\nThe class numbers below mean nothing" in text
+    assert "http" not in text
+    assert subtitles == ["seeded, untrained weights: the class numbers mean nothing"]
     assert "9 Inception modules" in text
     assert "run by the reference backend" in " ".join(text.split())
     assert "Summary: both networks name the same top 5" in text
     assert outcome.agreeing == len(outcome.photographs) == 4
-    assert outcome.errors["fused"] < 1e-3
+    assert list(outcome.errors) == list(outcome.timings) == ["plain", "channels_last", "fused"]
+    assert max(outcome.errors.values()) < 1e-3
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.json", "demo.png"}
     document = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert document["weights"] == "seeded, untrained weights"
     assert document["backend"] == "reference"
+    medians = {name: ms["median"] for name, ms in document["ms"].items()}
+    assert document["speedup"] == pytest.approx(medians["plain"] / medians["fused"])
+    assert document["speedup_over_channels_last"] == pytest.approx(medians["channels_last"] / medians["fused"])
     assert set(document["photographs"]) == set(sample_photographs())
     assert capsys.readouterr().out == ""
+
+
+def outcome_of(plain: Timing, channels_last: Timing, fused: Timing) -> demo.Outcome:
+    """An outcome without photographs."""
+    timings = {"plain": plain, "channels_last": channels_last, "fused": fused}
+    network = demo.Network(torch.nn.Identity(), "words", None)
+    return demo.Outcome(network, "cpu", {}, torch.ones(1, 9), torch.ones(1, 9), dict.fromkeys(timings, 1e-6), timings)
+
+
+@pytest.mark.parametrize(("p80", "unreliable"), [(14.9, False), (15.1, True)])
+def test_the_demo_compares_with_channels_last_and_warns_of_uneven_times(p80: float, unreliable: bool) -> None:
+    outcome = outcome_of(Timing(40.0, 39.0, 41.0, 5), Timing(12.0, 10.0, p80, 5), Timing(8.0, 7.9, 8.1, 5))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo._summary_table(outcome))
+    demo._print_summary(console, outcome, [Path("demo.json")])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    (line,) = [line for line in text.splitlines() if "plain, channels_last" in line]
+    assert line.split() == ["plain,", "channels_last", "1.0e-06", "12.0", "10.0", "to", f"{p80}", "3.33x"]
+    assert "5.00x as fast as PyTorch, and 1.50x as fast as PyTorch in channels_last." in " ".join(text.split())
+    assert ("The timing is unreliable: p80 is more than 1.5x p20." in text) is unreliable
+
+
+def test_the_reason_for_seeded_weights_is_whole_unless_a_download_failed() -> None:
+    failed, nameless = WeightsError("cannot download https://a/b: why"), WeightsError("cannot download: ")
+    failed.__cause__, nameless.__cause__ = RuntimeError("invalid hash value"), TimeoutError()
+    assert demo._reason(failed) == "invalid hash value"
+    assert demo._reason(nameless) == "cannot download: "
+    assert demo._reason(WeightsError("the cached file a is not b")) == "the cached file a is not b"
 
 
 def test_the_demo_with_weights_names_classes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
