@@ -1,7 +1,8 @@
 """The forward pass of a fused module where only its result is wanted: straight to the backend, past the operator.
 
-An operator's call from Python, with its arguments checked and its weights looked up, takes a tenth of a small module's time on
-a CPU. Where nothing can observe the operator, and after a first call has gone through it, it may as well be left out.
+An operator's call from Python checks its arguments and looks up its weights each time: 1 to 2 ms of the 24 to 27 that GoogLeNet
+takes at batch 1 on two cores of an AMD EPYC. Where nothing can observe the operator, and after a first call has gone through
+it, it may as well be left out.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ class ModuleWatch(Generic[Watched]):
 
     It sees a child, parameter or buffer replaced, written to or given other memory, a norm set to training or to another eps, a
     convolution given another stride or padding, batches counted by a norm, and every step of an optimizer of torch's. Asking
-    costs a tenth of collecting the tensors and looking them up.
+    costs half as much as collecting the tensors and looking them up: 60 us against 120 for a module whose memory other work
+    has driven out of the caches.
     """
 
     def __init__(self, module: Module, build: Callable[[], Watched]) -> None:

@@ -23,7 +23,7 @@ from googlenet_fused.blocks import BasicConv2d
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.randomize import randomize_
 
-Kinds = pytest.mark.parametrize("kind", ["inception", "stem"])
+both_kinds = pytest.mark.parametrize("kind", ["inception", "stem"])
 
 
 def make(kind: str, backend: str = "auto") -> FusedInception | FusedConv2d:
@@ -48,7 +48,7 @@ def operator_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-@Kinds
+@both_kinds
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_only_the_first_call_needs_the_operator(
     kind: str, mode: Callable[[], AbstractContextManager[None]], operator_calls: list[str]
@@ -73,7 +73,7 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@Kinds
+@both_kinds
 def test_a_dispatch_mode_sees_the_operator(kind: str) -> None:
     module = make(kind)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_dispatch_mode_sees_the_operator(kind: str) -> None:
     assert any(name.startswith("googlenet_fused.") for name in seen.names)
 
 
-@Kinds
+@both_kinds
 def test_a_profile_names_the_operator(kind: str) -> None:
     module = make(kind)
     with torch.no_grad():
@@ -110,7 +110,7 @@ OBSERVERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
-@Kinds
+@both_kinds
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_what_observes_gets_the_operator(kind: str, observer: str, operator_calls: list[str]) -> None:
     module = make(kind)
@@ -137,7 +137,7 @@ def test_vmap_gets_the_operator(operator_calls: list[str]) -> None:
     assert len(operator_calls) == 2
 
 
-@Kinds
+@both_kinds
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_a_trace_records_the_operator(kind: str, operator_calls: list[str]) -> None:
     module = make(kind)
@@ -163,7 +163,7 @@ class Marked(Tensor):
     """A tensor of a subclass, which every operator hands on."""
 
 
-@Kinds
+@both_kinds
 def test_a_tensor_subclass_gets_the_operator(kind: str, operator_calls: list[str]) -> None:
     module = make(kind)
     with torch.no_grad():
@@ -214,7 +214,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@Kinds
+@both_kinds
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_followed(kind: str, change: str) -> None:
     module = make(kind)
@@ -232,7 +232,7 @@ class OwnNorm(nn.BatchNorm2d):
     """A norm that someone puts into a fused module, which looks at the classes only when it is made."""
 
 
-@Kinds
+@both_kinds
 def test_the_eps_of_a_derived_norm_is_followed(kind: str) -> None:
     module = make(kind)
     owner = module.branch1 if isinstance(module, FusedInception) else module
@@ -246,7 +246,7 @@ def test_the_eps_of_a_derived_norm_is_followed(kind: str) -> None:
         assert torch.equal(module(image()), copy.deepcopy(module)(image()))
 
 
-@Kinds
+@both_kinds
 def test_statistics_that_a_plain_twin_has_updated_are_followed(kind: str) -> None:
     module = make(kind)
     twin = module.to_plain()
@@ -259,7 +259,7 @@ def test_statistics_that_a_plain_twin_has_updated_are_followed(kind: str) -> Non
         assert torch.equal(after, copy.deepcopy(module)(image()))
 
 
-@Kinds
+@both_kinds
 def test_parameters_assigned_during_the_first_call_are_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = make(kind)
     name = "inception" if kind == "inception" else "conv2d_relu"
@@ -279,7 +279,7 @@ def test_parameters_assigned_during_the_first_call_are_followed(kind: str, monke
             assert torch.equal(module(image()), expected)
 
 
-@Kinds
+@both_kinds
 def test_a_step_of_an_unrelated_optimizer_changes_nothing(kind: str, packs: list[object], folds: list[object]) -> None:
     module, other = make(kind), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), fused=True)
@@ -291,7 +291,7 @@ def test_a_step_of_an_unrelated_optimizer_changes_nothing(kind: str, packs: list
     assert len(packs) + len(folds) in (1, 6 + 1), "packed once; an Inception module folds its six convolutions doing so"
 
 
-@Kinds
+@both_kinds
 def test_a_module_that_has_run_is_freed_without_the_collector(kind: str) -> None:
     module = make(kind)
     with torch.no_grad():
@@ -311,7 +311,7 @@ PRUNERS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@Kinds
+@both_kinds
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_a_weight_taken_away_is_named(kind: str, pruner: str) -> None:
     module = make(kind)
@@ -333,7 +333,7 @@ def test_a_stems_other_geometry_is_followed(name: str, value: tuple[int, int]) -
         assert torch.equal(stem(image()), copy.deepcopy(stem)(image()))
 
 
-@Kinds
+@both_kinds
 def test_a_functional_call_runs_with_its_own_parameters(kind: str) -> None:
     module = make(kind)
     other = {name: parameter.detach() * -1 for name, parameter in module.named_parameters()}
@@ -344,7 +344,7 @@ def test_a_functional_call_runs_with_its_own_parameters(kind: str) -> None:
         assert torch.equal(module(image()), before)
 
 
-@Kinds
+@both_kinds
 def test_repack_of_one_module_is_seen_by_another_with_the_same_parameters(kind: str) -> None:
     module = make(kind)
     twin = type(module).from_module(module.to_plain())
@@ -359,7 +359,7 @@ def test_repack_of_one_module_is_seen_by_another_with_the_same_parameters(kind: 
 # Other modules and other requests.
 
 
-@Kinds
+@both_kinds
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "replica", "round trip"])
 def test_a_copy_looks_after_its_own_parameters(kind: str, way: str) -> None:
     module = make(kind)
@@ -392,7 +392,7 @@ def _replica(module: nn.Module) -> nn.Module:
     return replica
 
 
-@Kinds
+@both_kinds
 def test_the_backend_asked_for_is_the_one_that_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from googlenet_fused.backends import registry
 
@@ -414,7 +414,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(kind: str, monkeypatch: pyte
         assert ran == ["reference", "reference"]
 
 
-@Kinds
+@both_kinds
 def test_autocast_and_plain_calls_alternate(kind: str) -> None:
     module = make(kind)
     with torch.no_grad():
@@ -433,7 +433,7 @@ WRONG = {
 }
 
 
-@Kinds
+@both_kinds
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_inputs_raise_what_the_operator_raises(kind: str, what: str) -> None:
     module = make(kind)
@@ -455,7 +455,7 @@ def test_an_image_too_small_for_the_stem_raises_what_the_operator_raises() -> No
             stem(image(1, 5, 4))
 
 
-@Kinds
+@both_kinds
 def test_an_empty_batch_after_a_full_one(kind: str) -> None:
     module = make(kind)
     with torch.no_grad():
@@ -467,7 +467,7 @@ def test_an_empty_batch_after_a_full_one(kind: str) -> None:
 # What a later conversion of the parameters may need.
 
 
-@Kinds
+@both_kinds
 @pytest.mark.parametrize("conversion", ["double", "load_state_dict"])
 def test_parameters_that_torch_swaps(kind: str, conversion: str) -> None:
     module = nn.Sequential(make(kind))
@@ -485,7 +485,7 @@ def test_parameters_that_torch_swaps(kind: str, conversion: str) -> None:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-@Kinds
+@both_kinds
 def test_a_compiled_plain_block_does_not_run_in_place_of_the_fused_one(kind: str, operator_calls: list[str]) -> None:
     plain = make(kind).to_plain()
     expected = plain(image())
