@@ -31,14 +31,14 @@ lint: .venv/.installed ## ruff, mypy, the import direction, and the tables gener
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_import_direction.py
-	@test ! -f benchmarks/report.py || $(BIN)/python benchmarks/report.py --check
+	@$(BIN)/python -m benchmarks.report --check
 
-bench: .venv/.installed-bench ## measure on this machine, beside ONNX Runtime and OpenVINO, and write the tables
-	@$(BIN)/python benchmarks/cpu.py
-	@$(BIN)/python benchmarks/report.py
+bench: .venv/.installed-bench ## measure on this machine (over half an hour on two cores) and write the tables and charts
+	@$(BIN)/python -m benchmarks.run
+	@$(BIN)/python -m benchmarks.report
 
 clean: ## remove .venv and all that the other targets wrote, but no measurements
-	@rm -rf .venv build dist ./*.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv build dist ./*.egg-info demo-output gpu-output benchmarks/probes/build .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/pip:

@@ -66,7 +66,7 @@ def latency_chart(panels: Sequence[Panel], path: Path, title: str, *, metadata: 
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     tallest = max(len(panel.bars) for panel in panels)
-    figure = _figure((7.0 * columns, (1.0 + 0.42 * tallest) * lines + 0.6))
+    figure = new_figure((7.0 * columns, (1.0 + 0.42 * tallest) * lines + 0.6))
     places = figure.subfigures(lines, columns, squeeze=False).flat  # a title is centred on its subfigure, not on its axes
     for place, panel in zip(places, panels, strict=False):
         axes = place.add_subplot()
@@ -74,7 +74,7 @@ def latency_chart(panels: Sequence[Panel], path: Path, title: str, *, metadata: 
         place.suptitle(panel.title, fontsize=11)
         axes.set_xlabel(f"ms a call, {LOWER} ({WHISKERS})", fontsize=9)
     figure.suptitle(title)
-    return _save(figure, path, metadata)
+    return save_figure(figure, path, metadata)
 
 
 def _bars(axes: Axes, bars: Sequence[Bar]) -> None:
@@ -97,7 +97,7 @@ def demo_chart(photographs: Sequence[PhotographResult], latencies: Sequence[Bar]
         ChartError: matplotlib is not installed.
     """
     lines = len(photographs)
-    figure = _figure((10.5, 2.5 * lines + 2.3))
+    figure = new_figure((10.5, 2.5 * lines + 2.3))
     grid = figure.add_gridspec(lines + 1, 2, width_ratios=(1, 1.5), height_ratios=[2.5] * lines + [1.7])
     first: Axes | None = None
     for line, photograph in enumerate(photographs):
@@ -113,7 +113,7 @@ def demo_chart(photographs: Sequence[PhotographResult], latencies: Sequence[Bar]
     axes.set_title(f"Time an image at batch 1: {LOWER}", fontsize=11)
     axes.set_xlabel(f"ms ({WHISKERS})", fontsize=9)
     figure.suptitle(f"GoogLeNet, plain and fused, on the same photographs\n{subtitle}", fontsize=12)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _probability_panel(axes: Axes, photograph: PhotographResult, *, legend: bool) -> None:
@@ -130,7 +130,7 @@ def _probability_panel(axes: Axes, photograph: PhotographResult, *, legend: bool
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
     """A figure drawn off-screen, whatever display or matplotlib settings the user has."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -142,7 +142,7 @@ def _figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+def save_figure(figure: Figure, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {} if metadata is None else {"metadata": dict(metadata)}
     figure.savefig(path, dpi=120, format="png", **options)

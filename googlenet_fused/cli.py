@@ -392,14 +392,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     rows: list[bench.Row] = []
     with bench.torch_threads(arguments.threads):
         machine = bench.machine_description()
-        blocks = schedule.rounds * len(bench.package_providers())
-        with bench.progress_bar(blocks * len(cases), "measuring") as advance:
-            for case in cases:
+        with bench.progress_display("measuring") as show:
+            for at, case in enumerate(cases):
+
+                def progress(what: str, done: float, at: int = at, case: bench.Case = case) -> None:
+                    show(f"{case}: {what}", (at + done) / len(cases))
+
                 problem = registry.Problem(torch.device("cpu"), bench.DTYPES[case.dtype], None)
                 try:
                     backend = registry.select(arguments.backend, problem).name
                     workload, providers = bench.build_workload(case), bench.package_providers(backend)
-                    rows += bench.measure(workload, providers, schedule, advance=advance)
+                    rows += bench.measure(workload, providers, schedule, progress=progress)
                 except (bench.Unavailable, registry.BackendError) as error:
                     raise CommandError(str(error)) from error
 

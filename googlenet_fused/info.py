@@ -134,7 +134,7 @@ def machine_description() -> dict[str, Any]:
 
 
 def gpu_description() -> dict[str, Any] | None:
-    """Name, architecture and memory of the current CUDA device; ``None`` on a machine without one."""
+    """Name, architecture, memory, L2 cache and driver of the current CUDA device; ``None`` on a machine without one."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -143,7 +143,18 @@ def gpu_description() -> dict[str, Any] | None:
         "arch": f"sm_{properties.major}{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "driver": nvidia_driver_version(),
     }
+
+
+def nvidia_driver_version() -> str | None:
+    """The loaded NVIDIA driver's version, as Linux's ``/proc`` gives it; ``None`` where it does not."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found.group() if found else None
 
 
 def warnings(packages: Mapping[str, PackageState]) -> list[str]:

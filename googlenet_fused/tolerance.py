@@ -76,9 +76,10 @@ def references(plain: nn.Module, x: Tensor) -> References:
 
 
 def compare(actual: Tensor, peers: Sequence[Tensor], truth: Tensor, terms: int = 1) -> Comparison:
-    """Judge ``actual`` by the law above. All have one shape; the peers have ``actual``'s dtype and ``truth`` is fp64.
+    """Judge ``actual`` by the law above, on the device of ``truth``.
 
-    ``terms`` is the length of the longest sum behind a value.
+    All have one shape; the peers have ``actual``'s dtype and ``truth`` is fp64. ``terms`` is the length of the longest sum
+    behind a value.
 
     Raises:
         TypeError: ``truth`` is not fp64.
@@ -96,7 +97,7 @@ def compare(actual: Tensor, peers: Sequence[Tensor], truth: Tensor, terms: int =
     if actual.numel() == 0:
         return Comparison(True, 0.0, 0.0, 0.0, 0.0, "empty")
     dtype = actual.dtype
-    actual, peer, truth = (_exactly(tensor) for tensor in (actual, peer, truth))
+    actual, peer, truth = (_exactly(tensor, truth.device) for tensor in (actual, peer, truth))
 
     finite = peer.isfinite()
     misplaced = (actual.isfinite() != finite) | (~finite & (actual.isnan() != peer.isnan()))
@@ -107,10 +108,10 @@ def compare(actual: Tensor, peers: Sequence[Tensor], truth: Tensor, terms: int =
 
     finite &= truth.isfinite()
     for other in peers[1:]:  # where one overflows and another does not, nothing can be said
-        finite &= _exactly(other).isfinite()
+        finite &= _exactly(other, truth.device).isfinite()
     truth = truth.where(finite, 0)
     error = (actual.where(finite, 0) - truth).abs()
-    peer_errors = [(_exactly(other).where(finite, 0) - truth).abs() for other in peers]
+    peer_errors = [(_exactly(other, truth.device).where(finite, 0) - truth).abs() for other in peers]
     scale, rms_scale, rms = truth.abs().max().item(), _rms(truth), _rms(error)
     peer_max, peer_rms = max(e.max().item() for e in peer_errors), max(_rms(e) for e in peer_errors)
     if dtype == torch.float64:
@@ -148,8 +149,8 @@ def check_close(actual: Tensor, peers: Sequence[Tensor], truth: Tensor, terms: i
     return comparison
 
 
-def _exactly(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(device="cpu", dtype=torch.float64)
+def _exactly(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device=device, dtype=torch.float64)
 
 
 def _rms(tensor: Tensor) -> float:

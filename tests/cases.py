@@ -28,6 +28,9 @@ GOOGLENET_MODULES: dict[str, tuple[InceptionSpec, int]] = {
 }
 """The nine modules with the side of their input at 224x224."""
 
+BATCHES = (1, 8, 32, 128, 256)
+"""Batch sizes that kernels must run well, latency and throughput alike."""
+
 TINY = InceptionSpec(5, 3, 4, 6, 2, 3, 5, large_kernel=5)
 """Small enough for gradcheck, with no width a multiple of another's."""
 

@@ -1,0 +1,1 @@
+"""The benchmark suite. From the repository's root: ``python -m benchmarks.run``, then ``python -m benchmarks.report``."""

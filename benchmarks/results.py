@@ -1,0 +1,162 @@
+"""Result files: what one holds besides its rows, how it is written, and when two may become one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.reading import SCHEMA
+from googlenet_fused import __version__, bench, info
+
+FOLDER = Path(__file__).parent / "results"
+RUNTIMES = ("torch", "torchvision", "triton", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "torch_tensorrt")
+ONE_RUN = ("device", "machine", "versions", "git")
+"""The fields that must be the same for rows to stand in one file."""
+
+
+def new_result(device: str, git: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without rows, of this machine."""
+    return {
+        "schema": SCHEMA,
+        "kind": "benchmark",
+        "device": device,
+        "created": now(),
+        "machine": bench.machine_description(),
+        "versions": versions(),
+        "git": git,
+        "settings": dict(settings),
+        "clocks": [],
+        "ceilings": {"copy_gb_per_s": None, "matmul_tflop_per_s": {}},
+        "rows": [],
+        "not_run": [],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that a timing may depend on; ``None`` for what is not here."""
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "googlenet_fused": __version__,
+        **{name: info.distribution_version(name) for name in RUNTIMES},
+        "cuda_runtime": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+    }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit and whether files differ from it; ``None`` outside a git checkout, without git, or before the first commit."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit.strip(), "dirty": bool(_git(folder, "status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def read_clocks() -> dict[str, Any] | None:
+    """The GPU's clocks, temperature and power as nvidia-smi reads them now; ``None`` where it does not."""
+    fields = {
+        "sm_mhz": "clocks.sm",
+        "memory_mhz": "clocks.mem",
+        "temperature_c": "temperature.gpu",
+        "power_w": "power.draw",
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [_number(value) for value in text.splitlines()[0].split(",")] if text.strip() else []
+    return {"time": now(), **dict(zip(fields, values, strict=True))} if len(values) == len(fields) else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None
+
+
+def file_name(result: Mapping[str, Any]) -> str:
+    """``cpu-amd-epyc-2-threads.json`` or ``cuda-nvidia-h100-80gb-hbm3.json``: a file for each machine."""
+    machine = result["machine"]
+    if result["device"] == "cuda":
+        return f"cuda-{_slug(machine['gpu']['name'])}.json"
+    name = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", " ", machine["cpu"], flags=re.IGNORECASE)
+    return f"cpu-{_slug(name)}-{machine['threads']}-threads.json"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def check_same_run(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Whether rows of both may stand in one file or table.
+
+    Raises:
+        ValueError: they were measured on different machines, with different versions or at different commits.
+    """
+    for name in ONE_RUN:
+        if first[name] != second[name]:
+            raise ValueError(f"results of different runs must not be mixed: {name} is {_differing(first[name], second[name])}")
+
+
+def _differing(first: Any, second: Any) -> str:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        name = next(key for key in [*first, *second] if first.get(key) != second.get(key))
+        return f"{name}: {_differing(first.get(name), second.get(name))}"
+    return f"{first!r} in one and {second!r} in the other"
+
+
+def add_rows(result: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows; a case measured again replaces all rows that it had."""
+    again = [row["case"] for row in rows]
+    result["rows"] = [row for row in result["rows"] if row["case"] not in again] + list(rows)
+    result["not_run"] = [entry for entry in result["not_run"] if entry["case"] not in again]
+
+
+def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results of one run as one, later ones over earlier ones.
+
+    Raises:
+        ValueError: there are none, or they are of different runs.
+    """
+    if not results:
+        raise ValueError("merge: results must hold at least one, got none")
+    merged = json.loads(json.dumps(results[0]))
+    for result in results[1:]:
+        check_same_run(merged, result)
+        add_rows(merged, result["rows"])
+        measured = [row["case"] for row in merged["rows"]]
+        merged["not_run"] = [entry for entry in [*merged["not_run"], *result["not_run"]] if entry["case"] not in measured]
+        merged["clocks"] = [*merged["clocks"], *result["clocks"]]
+        merged["ceilings"] = _merged_ceilings(merged["ceilings"], result["ceilings"])
+    return merged
+
+
+def _merged_ceilings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    products = {**first["matmul_tflop_per_s"], **second["matmul_tflop_per_s"]}
+    return {"copy_gb_per_s": second["copy_gb_per_s"] or first["copy_gb_per_s"], "matmul_tflop_per_s": products}

@@ -1,0 +1,229 @@
+"""Measures providers on this machine and writes one JSON file.
+
+    python -m benchmarks.run && python -m benchmarks.report
+
+Every provider is checked against a double-precision run before anything is timed, and all providers of a case take turns in one
+run: see ``googlenet_fused/bench/`` for how and why. A provider that cannot run here is recorded with the reason. The file is
+written after every case. Measure on a quiet machine: threads that spin make oneDNN fall apart when another job holds a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import grid, reading, results
+from benchmarks.providers import lineup
+from benchmarks.roofline import Ceilings, counts, floor_ms, measure_ceilings, percent
+from googlenet_fused import bench
+from googlenet_fused.backends import registry
+from googlenet_fused.bench import Case, Provider, Row, Schedule
+from googlenet_fused.spec import GOOGLENET_SPECS
+
+BUSY_LOAD = 0.5
+SECONDS = {"cpu": {"module": 8.0, "net": 40.0}, "cuda": {"module": 2.0, "net": 4.0}}
+"""How long the providers of one case take turns, about."""
+
+INPUT = "seeded normal noise; weights, biases and statistics seeded and randomised"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure and how long."""
+
+    device: torch.device
+    cases: Sequence[Case]
+    providers: Sequence[Provider]
+    rounds: int
+    budget: float | None
+    quick: bool
+
+    def schedule(self, case: Case) -> Schedule:
+        """The turns of one case."""
+        if self.quick:
+            return Schedule(rounds=2, calls=1, warmup=1, settle=0.0)
+        return Schedule(rounds=self.rounds, seconds=SECONDS[self.device.type]["module" if case.is_module else "net"])
+
+
+def measured_ceilings(plan: Plan, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The ceilings of the plan's dtypes, those that are known already not measured again."""
+    wanted = [dtype for dtype in dict.fromkeys(case.dtype for case in plan.cases) if dtype not in known["matmul_tflop_per_s"]]
+    if not wanted and known["copy_gb_per_s"]:
+        return dict(known)
+    small: dict[str, Any] = {"copy_bytes": 2**22, "matmul_side": 256, "repeats": 3, "budget": 0.2} if plan.quick else {}
+    new = measure_ceilings(plan.device, wanted, **small).to_json()
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {**new, "matmul_tflop_per_s": {**known["matmul_tflop_per_s"], **new["matmul_tflop_per_s"]}}
+
+
+def row_json(row: Row, ceilings: Ceilings) -> dict[str, Any]:
+    """A row with the roofline of its case, and how much of it the headline time reaches."""
+    needed, floor = counts(row.case), floor_ms(counts(row.case), ceilings, row.case.dtype)
+    reached = None if row.timing is None else percent(row.timing.median, floor)
+    roofline = {**asdict(needed), "floor_ms": None if floor is None else floor.ms, "percent": reached}
+    return {**row.to_json(), "roofline": roofline}
+
+
+def run(plan: Plan, result: dict[str, Any], path: Path) -> list[Row]:
+    """Measures the plan's cases into ``result``, and writes that to ``path`` after each."""
+    start, rows = time.monotonic(), []
+    with bench.progress_display("measuring") as show:
+        show("ceilings", 0.0)
+        result["ceilings"] = measured_ceilings(plan, result["ceilings"])
+        ceilings = Ceilings.from_json(result["ceilings"])
+        for at, case in enumerate(plan.cases):
+            if plan.budget is not None and time.monotonic() - start > plan.budget:
+                reason = f"the time budget of {plan.budget:g} s was spent"
+                done = [row["case"] for row in result["rows"]]
+                left = [asdict(case) for case in plan.cases[at:]]
+                result["not_run"] += [{"case": case, "reason": reason} for case in left if case not in done]
+                say(f"{len(left)} of {len(plan.cases)} cases not run: {reason}")
+                break
+
+            def progress(what: str, done: float, at: int = at, case: Case = case) -> None:
+                show(f"{case}: {what}", (at + done) / len(plan.cases))
+
+            began = time.monotonic()
+            try:
+                torch.compiler.reset()  # it compiles no more than a few models of one class
+                workload = bench.build_workload(case, plan.device)
+                found = bench.measure(workload, plan.providers, plan.schedule(case), progress=progress)
+            except (bench.Unavailable, torch.OutOfMemoryError) as error:
+                result["not_run"].append({"case": asdict(case), "reason": bench.first_line(error)})
+                say(f"{case}: not run: {bench.first_line(error)}")
+            else:
+                rows += found
+                results.add_rows(result, [row_json(row, ceilings) for row in found])
+                say(one_line(case, found, time.monotonic() - began))
+            if plan.device.type == "cuda":
+                torch.cuda.empty_cache()
+                result["clocks"] += [clocks] if (clocks := results.read_clocks()) else []
+            results.write(result, path)
+    results.write(result, path)
+    return rows
+
+
+def one_line(case: Case, rows: Sequence[Row], seconds: float) -> str:
+    """What came of a case, in short: ours and the fastest other, and who is wrong."""
+    timed = [row for row in rows if row.timing is not None]
+    parts = []
+    for title, group in (("ours", [r for r in timed if ours(r)]), ("others", [r for r in timed if not ours(r)])):
+        if group:
+            best = min(group, key=lambda row: row.timing.median if row.timing else float("inf"))
+            assert best.timing is not None
+            parts.append(f"{best.title} {best.timing.median:.4g} ms" + ("" if title == "ours" else " the fastest other"))
+    parts += [f"{row.title} is wrong: {row.reason}" for row in rows if row.status == "wrong"]
+    return f"{case}: {'; '.join(parts)} ({seconds:.0f} s)"
+
+
+def ours(row: Row) -> bool:
+    return row.provider.startswith("fused_")
+
+
+def say(text: str) -> None:
+    """On standard error, above a progress bar if there is one."""
+    print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def auto_backend(device: torch.device, dtype: str) -> str:
+    """The backend that runs modules where none is asked for."""
+    return registry.select(registry.AUTO, registry.Problem(device, bench.DTYPES[dtype], GOOGLENET_SPECS["3a"])).name
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
+    subjects = [*grid.GROUPS, *grid.GROUPS["all"]]
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    parser.add_argument("--subjects", nargs="+", default=["all"], choices=subjects, metavar="NAME", help=", ".join(subjects))
+    parser.add_argument("--batches", nargs="+", type=int, default=[], metavar="N", help="batch sizes (default: the device's)")
+    parser.add_argument("--dtypes", nargs="+", default=[], choices=list(bench.DTYPES), help="default: the device's")
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="default: all that the device can have")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after so long")
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="at most so many rounds a case (default: 30)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: as torch chooses)")
+    parser.add_argument("--append", action="store_true", help="add to a result of the same machine, versions and commit")
+    parser.add_argument("--commit", metavar="HASH", help="the commit of this code, where there is no git to ask")
+    parser.add_argument("--quick", action="store_true", help="a trial: two rounds, small ceilings, nothing to believe")
+    parser.add_argument(
+        "--output", type=Path, default=results.FOLDER, metavar="PATH", help="a .json file or a folder (default: %(default)s)"
+    )
+    return parser
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; measure with --device cpu")
+    selection = grid.Selection(arguments.subjects, arguments.batches, arguments.dtypes, arguments.modes)
+    cases = list(grid.cases(selection, device))
+    if not cases:
+        raise ValueError("nothing to measure: training is of whole networks, and not in fp16; see --help")
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
+    providers = lineup(device, arguments.providers)
+    return Plan(torch.device(device), cases, providers, arguments.rounds, arguments.budget, arguments.quick)
+
+
+def result_for(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, Any], Path, Path]:
+    """The result to add to, where it is written while unfinished, and where in the end.
+
+    Raises:
+        ValueError: rows cannot be added to the file that is there.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if load is not None and load > BUSY_LOAD and plan.device.type == "cpu":
+        say(f"warning: the load average is {load:.1f}; other work on this machine spoils the timings")
+    git = {"commit": arguments.commit, "dirty": False} if arguments.commit else results.git_state(Path(__file__).parent)
+    settings = {
+        "rounds": plan.rounds,
+        "seconds_a_case": SECONDS[plan.device.type],
+        "auto_backend": auto_backend(plan.device, plan.cases[0].dtype),
+        "load_average_before": load,
+        "input": INPUT,
+        "quick": plan.quick,
+    }
+    new = results.new_result(plan.device.type, git, settings)
+    final = arguments.output if arguments.output.suffix == ".json" else arguments.output / results.file_name(new)
+    if arguments.append and final.is_file():
+        old = dict(reading.read_file(final).data)
+        results.check_same_run(old, new)
+        return old, final, final
+    return new, final if arguments.append else final.with_suffix(".partial.json"), final
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        with bench.torch_threads(arguments.threads):
+            plan = plan_of(arguments)
+            result, unfinished, final = result_for(plan, arguments)
+            rows = run(plan, result, unfinished)
+    except (ValueError, reading.ReportError, registry.BackendError) as error:
+        print(f"benchmarks.run: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the cases that were done are in the file; add the others with --append", file=sys.stderr)
+        return 130
+    if unfinished != final:
+        unfinished.replace(final)
+    print(f"wrote {final}")
+    return 1 if any(row.status == "wrong" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

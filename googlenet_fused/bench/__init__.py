@@ -1,0 +1,90 @@
+"""Timing that can be believed: a correctness gate first, then all providers interleaved in one run.
+
+A *provider* is one way of running a model. It is built for a `Workload` (a seeded module or network, its dtype and batch),
+bound to an input, and then called. Before anything is timed every provider runs on fresh random inputs and is judged
+against an fp64 run of the same model by the package's tolerance law; one that fails gets the failure recorded and no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from googlenet_fused.bench.case import DTYPES, NETWORKS, Case, Mode, Workload, build_workload, numerics
+from googlenet_fused.bench.measure import Row, Status, measure
+from googlenet_fused.bench.meters import METRICS, first_line, headline, meter_for
+from googlenet_fused.bench.provider import (
+    BASELINE,
+    Bind,
+    Provider,
+    Run,
+    TrainingStep,
+    Unavailable,
+    channels_last,
+    cudnn_benchmark,
+    fused_provider,
+    package_providers,
+    run_of,
+)
+from googlenet_fused.bench.show import latency_panels, print_results, progress_bar, progress_display
+from googlenet_fused.bench.timing import Schedule, Timing, interleaved, take_turns, wall_clock
+from googlenet_fused.info import machine_description
+
+__all__ = [
+    "BASELINE",
+    "DTYPES",
+    "METRICS",
+    "NETWORKS",
+    "Bind",
+    "Case",
+    "Mode",
+    "Provider",
+    "Row",
+    "Run",
+    "Schedule",
+    "Status",
+    "Timing",
+    "TrainingStep",
+    "Unavailable",
+    "Workload",
+    "build_workload",
+    "channels_last",
+    "cudnn_benchmark",
+    "first_line",
+    "fused_provider",
+    "headline",
+    "interleaved",
+    "latency_panels",
+    "machine_description",
+    "measure",
+    "meter_for",
+    "numerics",
+    "package_providers",
+    "print_results",
+    "progress_bar",
+    "progress_display",
+    "run_of",
+    "take_turns",
+    "torch_threads",
+    "wall_clock",
+]
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[int]:
+    """Runs a block with ``count`` torch threads (``None``: as they are) and puts the number back afterwards.
+
+    Raises:
+        ValueError: ``count`` is below 1.
+    """
+    before = torch.get_num_threads()
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"threads must be at least 1, got {count}")
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,356 @@
+"""The command that measures: its cases, its providers, its result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BATCHES, GOOGLENET_MODULES, assert_agrees, message_of
+from torch import Tensor, nn
+
+from benchmarks import grid, reading, results, run
+from benchmarks.providers import CUDA_ONLY, all_providers, lineup, merged, merged_cudnn, torchvision_eager
+from benchmarks.runtimes import onnx_runtime, openvino, tensorrt, torch_tensorrt
+from googlenet_fused import bench
+from googlenet_fused.backends import registry
+from googlenet_fused.bench import BASELINE, Case, Provider, Row, Schedule, Timing, Unavailable, Workload, build_workload
+
+QUICK = Schedule(rounds=1, calls=1, warmup=0, settle=0.0)
+
+
+def conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.relu(conv(x))
+
+
+def test_a_gpu_measures_the_whole_grid() -> None:
+    found = list(grid.cases(grid.Selection(), "cuda"))
+    assert len(found) == len(set(found))
+    modules = [case for case in found if case.is_module]
+    assert len(modules) == len(GOOGLENET_MODULES) * len(BATCHES) * 3
+    assert {case.dtype for case in modules} == {"fp16", "bf16", "tf32"}
+    training = [case for case in found if case.mode == "training"]
+    assert {(case.subject, case.dtype) for case in training} == {
+        (variant, dtype) for variant in ("torchvision", "bvlc") for dtype in ("bf16", "tf32")
+    }
+
+
+def test_a_cpu_measures_what_it_can() -> None:
+    found = list(grid.cases(grid.Selection(), "cpu"))
+    assert {case.dtype for case in found} == {"fp32", "bf16"}
+    assert {case.subject for case in found} == {"torchvision", "bvlc", *GOOGLENET_MODULES}
+    with pytest.raises(ValueError, match="--dtypes: tf32 is a mode of CUDA's tensor cores"):
+        list(grid.cases(grid.Selection(dtypes=["tf32"]), "cpu"))
+    chosen = grid.Selection(subjects=["4a", "nets"], batches=[2], dtypes=["fp32"])
+    assert [str(case) for case in grid.cases(chosen, "cpu")] == [
+        "4a, batch 2, fp32",
+        "torchvision, batch 2, fp32",
+        "bvlc, batch 2, fp32",
+        "torchvision, batch 2, fp32, training step",
+        "bvlc, batch 2, fp32, training step",
+    ]
+
+
+def test_every_backend_is_a_provider() -> None:
+    names = [provider.name for provider in all_providers()]
+    assert len(set(names)) == len(names)
+    assert {f"fused_{name}" for name in registry.names()} <= set(names)
+
+
+def test_a_device_gets_its_providers_and_always_the_baseline() -> None:
+    assert not {provider.name for provider in lineup("cpu")} & set(CUDA_ONLY)
+    assert "onnxruntime" not in [provider.name for provider in lineup("cuda")]
+    assert [provider.name for provider in lineup("cpu", ["fused_cpu"])] == [BASELINE, "fused_cpu"]
+    with pytest.raises(ValueError, match=r"--providers must be among eager, .*, got 'cudnn'"):
+        lineup("cpu", ["cudnn"])
+
+
+@pytest.mark.parametrize("case", [Case("3a"), Case("torchvision", side=64), Case("bvlc", side=64)], ids=str)
+def test_the_stand_in_for_tensorrt_computes_the_same(case: Case) -> None:
+    workload = build_workload(case)
+    stand_in = merged(workload.model, conv_relu)
+    assert_agrees(stand_in, workload.model, workload.input(0))
+    convolutions = [layer for layer in stand_in.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == (4 if case.is_module else 9 * 4 + 3), "the 1x1s that read the input are one"
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in stand_in.modules())
+
+
+@pytest.mark.parametrize("build", [merged_cudnn, tensorrt, torch_tensorrt])
+def test_gpu_runtimes_say_that_they_need_one(build: Any) -> None:
+    with pytest.raises(Unavailable, match=r"GPU|CUDA"):
+        build(build_workload(Case("5a")))
+
+
+@pytest.mark.parametrize("build", [onnx_runtime, openvino, tensorrt, torch_tensorrt])
+def test_runtimes_without_gradients_do_not_train(build: Any) -> None:
+    with pytest.raises(Unavailable, match="it does not train"):
+        build(build_workload(Case(mode="training", side=64)))
+
+
+def test_onnx_runtime_has_no_half_precision() -> None:
+    with pytest.raises(Unavailable, match="no convolution in bf16"):
+        onnx_runtime(build_workload(Case("5a", dtype="bf16")))
+
+
+@pytest.mark.parametrize(("package", "build"), [("onnxruntime", onnx_runtime), ("openvino", openvino)])
+def test_cpu_runtimes_pass_the_gate(package: str, build: Any) -> None:
+    pytest.importorskip(package)
+    pytest.importorskip("onnx")
+    workload = build_workload(Case("5a", batch=2))
+    rows = bench.measure(workload, [Provider(BASELINE, "PyTorch", torchvision_eager), Provider("it", "It", build)], QUICK)
+    assert [row.status for row in rows] == ["ok", "ok"], rows[1].reason
+
+
+def test_the_baseline_is_torchvisions_own_network() -> None:
+    torchvision = pytest.importorskip("torchvision.models.googlenet")
+    models: list[nn.Module] = []
+    workload = build_workload(Case(side=64))
+    run_it = torchvision_eager(workload)(workload.input(0))
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: models.append(module))
+    try:
+        with torch.inference_mode():
+            out = run_it()
+            plain = workload.model(workload.input(0))
+    finally:
+        hook.remove()
+    assert any(type(model) is torchvision.GoogLeNet for model in models)
+    torch.testing.assert_close(out, plain)
+
+
+def tiny_row(provider: str, case: Case, ms: float = 2.0, status: Any = "ok") -> Row:
+    if status != "ok":
+        return Row(case, provider, provider, status, "a reason")
+    timing = Timing(ms, ms * 0.9, ms * 1.1, 5)
+    return Row(case, provider, provider, "ok", None, {"wall": timing}, {"wall": 1.0}, 1.0, 1e-7, 1e-8)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """The cases that the command measured; each has a row of the baseline and one of ours."""
+    found: list[Case] = []
+
+    def measure(workload: Workload, providers: Any, schedule: Schedule, *, progress: Any) -> list[Row]:
+        found.append(workload.case)
+        progress("timing", 1.0)
+        return [tiny_row(BASELINE, workload.case, 4.0), tiny_row("fused_cpu", workload.case)]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    return found
+
+
+ARGUMENTS = ["--device", "cpu", "--quick", "--dtypes", "fp32", "--modes", "inference", "--batches", "1", "--commit", "c0ffee"]
+
+
+def test_a_run_writes_what_the_report_reads(tmp_path: Path, measured: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "5b", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    read = reading.read_file(path)
+    assert path.name == results.file_name(read.data)
+    assert [case.subject for case in measured] == ["5a", "5b"]
+    assert [(row["provider"], row["case"]["subject"]) for row in read.rows] == [
+        (provider, subject) for subject in ("5a", "5b") for provider in (BASELINE, "fused_cpu")
+    ]
+    assert read.data["git"] == {"commit": "c0ffee", "dirty": False}
+    assert read.data["settings"]["auto_backend"] == "cpu"
+    assert read.data["versions"]["torch"] == results.versions()["torch"]
+    for row in read.rows:
+        assert row["roofline"]["flops"] > 0
+        median = row["timings"]["wall"]["median"]
+        assert row["roofline"]["percent"] == pytest.approx(100 * row["roofline"]["floor_ms"] / median)
+    said = capsys.readouterr()
+    assert f"wrote {path}" in said.out
+    assert "5b, batch 1, fp32: fused_cpu 2 ms; eager 4 ms the fastest other" in said.err
+
+
+def test_rows_are_added_to_a_result_of_the_same_run(tmp_path: Path, measured: list[Case]) -> None:
+    path = tmp_path / "r.json"
+    more = [*ARGUMENTS, "--append", "--output", str(path)]
+    assert run.main([*more, "--subjects", "5a", "5b"]) == 0
+    before = json.loads(path.read_text())
+    assert run.main([*more, "--subjects", "5b", "4e"]) == 0
+    after = json.loads(path.read_text())
+    assert [row["case"]["subject"] for row in after["rows"]] == ["5a", "5a", "5b", "5b", "4e", "4e"]
+    assert after["ceilings"] == before["ceilings"], "known ceilings are not measured again"
+
+
+def test_rows_of_another_commit_are_refused(tmp_path: Path, measured: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(path)]) == 0
+    content = path.read_bytes()
+    assert run.main([*ARGUMENTS, "--append", "--commit", "decaf", "--subjects", "5b", "--output", str(path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "benchmarks.run: error: results of different runs must not be mixed: "
+        "git is commit: 'c0ffee' in one and 'decaf' in the other"
+    )
+    assert path.read_bytes() == content
+    assert [case.subject for case in measured] == ["5a"]
+
+
+def test_an_interrupted_run_keeps_its_cases_and_the_older_file(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.json"
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(path)]) == 0
+    content, measure = path.read_bytes(), bench.measure
+
+    def interrupted(workload: Workload, *arguments: Any, **options: Any) -> list[Row]:
+        if workload.case.subject == "5b":
+            raise KeyboardInterrupt
+        return measure(workload, *arguments, **options)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    assert run.main([*ARGUMENTS, "--subjects", "4e", "5b", "--output", str(path)]) == 130
+    assert path.read_bytes() == content
+    partial = reading.read_file(tmp_path / "r.partial.json")
+    assert {row["case"]["subject"] for row in partial.rows} == {"4e"}
+
+
+def test_a_spent_budget_and_a_case_that_cannot_run_are_recorded(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, measure = tmp_path / "r.json", bench.measure
+
+    def without_5a(workload: Workload, *arguments: Any, **options: Any) -> list[Row]:
+        if workload.case.subject == "5a":
+            raise Unavailable("plain PyTorch cannot run it here: no kernel")
+        return measure(workload, *arguments, **options)
+
+    monkeypatch.setattr(bench, "measure", without_5a)
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "5b", "--output", str(path)]) == 0
+    (entry,) = reading.read_file(path).data["not_run"]
+    assert (entry["case"]["subject"], entry["reason"]) == ("5a", "plain PyTorch cannot run it here: no kernel")
+    assert run.main([*ARGUMENTS, "--subjects", "4d", "4e", "--budget", "0", "--output", str(path)]) == 0
+    left = reading.read_file(path).data["not_run"]
+    assert [(entry["case"]["subject"], entry["reason"]) for entry in left] == [
+        (name, "the time budget of 0 s was spent") for name in ("4d", "4e")
+    ]
+
+
+def test_a_wrong_provider_makes_the_run_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(workload: Workload, *_: Any, **__: Any) -> list[Row]:
+        return [tiny_row(BASELINE, workload.case), tiny_row("fused_cpu", workload.case, status="wrong")]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    assert [row["status"] for row in reading.read_file(path).rows] == ["ok", "wrong"]
+
+
+@pytest.mark.slow
+def test_a_real_run_from_measuring_to_reading(tmp_path: Path) -> None:
+    names = [BASELINE, "channels_last", "compile_freezing", "onnxruntime", "openvino", "fused_reference", "fused_cpu"]
+    before = torch.get_num_threads()
+    arguments = [*ARGUMENTS, "--threads", "1", "--subjects", "5a", "--providers", *names, "--output", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert torch.get_num_threads() == before
+    (path,) = tmp_path.iterdir()
+    read = reading.read_file(path)
+    statuses = {row["provider"]: row["status"] for row in read.rows}
+    assert list(statuses) == names
+    assert [statuses[name] for name in (BASELINE, "channels_last", "fused_reference", "fused_cpu")] == ["ok"] * 4
+    assert set(statuses.values()) <= {"ok", "unavailable"}, read.rows
+    assert read.data["machine"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "0"], "Case: batch must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--providers", "cudnn"], "got 'cudnn'"),
+        (["--modes", "training", "--subjects", "5a"], "nothing to measure"),
+        (["--dtypes", "tf32"], "tf32 is a mode of CUDA's tensor cores"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: torch sees no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run.main(["--device", "cpu", *arguments, "--output", str(tmp_path)]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: the load")]
+    assert len(error) == 1
+    assert error[0].startswith("benchmarks.run: error: ")
+    assert message in error[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        ({"cpu": "AMD EPYC", "threads": 2}, "cpu-amd-epyc-2-threads.json"),
+        (
+            {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "threads": 8},
+            "cpu-intel-xeon-platinum-8481c-8-threads.json",
+        ),
+    ],
+)
+def test_a_cpu_result_is_named_after_the_processor(machine: dict[str, Any], name: str) -> None:
+    assert results.file_name({"device": "cpu", "machine": machine}) == name
+
+
+def test_a_gpu_result_is_named_after_the_gpu() -> None:
+    machine = {"cpu": "Intel(R) Xeon(R)", "threads": 8, "gpu": {"name": "NVIDIA H100 80GB HBM3"}}
+    assert results.file_name({"device": "cuda", "machine": machine}) == "cuda-nvidia-h100-80gb-hbm3.json"
+
+
+def result_of(*subjects: str, **changes: Any) -> dict[str, Any]:
+    made = results.new_result("cpu", {"commit": "c0ffee", "dirty": False}, {"rounds": 1})
+    made["rows"] = [tiny_row(BASELINE, Case(subject)).to_json() | {"roofline": None} for subject in subjects]
+    made["ceilings"]["matmul_tflop_per_s"] = {subject: 1.0 for subject in subjects}
+    return made | changes
+
+
+def test_results_of_one_run_merge() -> None:
+    left = {"case": result_of("5b")["rows"][0]["case"], "reason": "no time"}
+    first, second = result_of("5a", not_run=[left]), result_of("5b")
+    merged_result = results.merge([first, second])
+    assert [row["case"]["subject"] for row in merged_result["rows"]] == ["5a", "5b"]
+    assert merged_result["not_run"] == [], "it ran in the other"
+    assert merged_result["ceilings"]["matmul_tflop_per_s"].keys() == {"5a", "5b"}
+    assert [row["case"]["subject"] for row in first["rows"]] == ["5a"], "the sources stay as they were"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"machine": {"cpu": "another"}}, "machine is cpu"),
+        ({"versions": {}}, "versions is"),
+        ({"git": None}, "git is"),
+        ({"device": "cuda"}, "device is 'cpu' in one and 'cuda' in the other"),
+    ],
+)
+def test_results_of_two_runs_are_not_mixed(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="must not be mixed") as error:
+        results.merge([result_of("5a"), result_of("5b", **changes)])
+    assert message in message_of(error)
+
+
+def test_there_is_no_commit_outside_a_checkout(tmp_path: Path) -> None:
+    assert results.git_state(tmp_path) is None
+
+
+def test_clocks_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '1980, 2619, 34, [N/A]'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    clocks = results.read_clocks()
+    assert clocks is not None
+    assert [clocks[name] for name in ("sm_mhz", "memory_mhz", "temperature_c", "power_w")] == [1980.0, 2619.0, 34.0, None]
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert results.read_clocks() is None
+
+
+def test_one_line_says_who_is_wrong() -> None:
+    case = Case("5a")
+    line = run.one_line(case, [tiny_row(BASELINE, case, 4.0), tiny_row("fused_cpu", case, status="wrong")], 3.2)
+    assert line == "5a, batch 1, fp32: eager 4 ms the fastest other; fused_cpu is wrong: a reason (3 s)"
