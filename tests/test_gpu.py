@@ -1,0 +1,315 @@
+"""Fused modules on a CUDA device. What has a meaning on a CPU too also runs there, so that the tests themselves are tried out.
+
+Those marked ``sanitizer`` are small: compute-sanitizer runs them, a hundred times slower.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    GOOGLENET_MODULES,
+    LAYOUTS,
+    ODD_SPECS,
+    TINY,
+    assert_agrees,
+    assert_same,
+    by_definition,
+    check_guards,
+    cotangent,
+    guarded_buffer,
+    inception_arguments,
+    plain_googlenet,
+    plain_inception,
+    plain_result,
+    random_input,
+    report_of,
+)
+from torch import Tensor, nn
+
+from googlenet_fused import FusedInception, fuse
+from googlenet_fused.backends import registry
+from googlenet_fused.models.googlenet import VariantName
+from googlenet_fused.modules import FusedConv2d
+from googlenet_fused.packing import ConvParams, pack_inception
+from googlenet_fused.spec import InceptionSpec
+from googlenet_fused.tolerance import check_close, judge
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SPECS = {**ODD_SPECS, **{name: GOOGLENET_MODULES[name][0] for name in ("3a", "4e", "5b")}}
+PRIMES = ODD_SPECS["primes"]
+
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def can_run(device: str, dtype: torch.dtype) -> list[str]:
+    """The backends that run Inception modules of this dtype on this device."""
+    problem = registry.Problem(torch.device(device), dtype, TINY)
+    return [name for name in registry.names() if registry.get(name).supports(problem) is None]
+
+
+def grid(*dtypes: torch.dtype, devices: Sequence[str] = ("cpu", "cuda"), automatic: bool = True) -> pytest.MarkDecorator:
+    """Every backend, and the automatic choice, with every dtype that it runs on a device; those on CUDA have the marker."""
+    return pytest.mark.parametrize(
+        ("device", "backend", "dtype"),
+        [
+            pytest.param(
+                *(device, backend, dtype),
+                id=f"{device}-{backend}-{str(dtype).removeprefix('torch.')}",
+                marks=[pytest.mark.gpu] if device == "cuda" else [],
+            )
+            for device in devices
+            for dtype in dtypes
+            for backend in [*([registry.AUTO] if automatic else []), *can_run(device, dtype)]
+        ],
+    )
+
+
+@pytest.fixture(autouse=True)
+def _determined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Convolutions in fp32 as such, not TF32, and by deterministic algorithms of cuDNN, chosen by rule and not by timing."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a fault that is still on its way belongs to this test
+
+
+def pair(
+    spec: InceptionSpec, device: str, dtype: torch.dtype, backend: str = registry.AUTO, seed: int = 0
+) -> tuple[FusedInception, nn.Module]:
+    """A fused module and the plain one with the same parameters, on the device."""
+    plain = plain_inception(spec, seed=seed).to(device, dtype)
+    return FusedInception.from_module(plain, backend=backend), plain
+
+
+def on(device: str, spec: InceptionSpec, batch: int, side: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return random_input(spec, batch, side, side, dtype, seed).to(device)
+
+
+def side_on(device: str, name: str) -> int:
+    """Of a module's input: its own on a GPU; a CPU, which is slow at half precision, gets a few pixels."""
+    return GOOGLENET_MODULES[name][1] if device == "cuda" and name in GOOGLENET_MODULES else 7
+
+
+# The numbers.
+
+
+@pytest.mark.parametrize("name", SPECS)
+@grid(*DTYPES, devices=["cuda"])
+def test_modules_agree(device: str, backend: str, dtype: torch.dtype, name: str) -> None:
+    assert_modules_agree(device, backend, dtype, name)
+
+
+@pytest.mark.parametrize("name", ["primes", "3a"])
+@grid(*DTYPES, devices=["cpu"])
+def test_modules_agree_on_a_cpu(device: str, backend: str, dtype: torch.dtype, name: str) -> None:
+    assert_modules_agree(device, backend, dtype, name)
+
+
+def assert_modules_agree(device: str, backend: str, dtype: torch.dtype, name: str) -> None:
+    spec = SPECS[name]
+    fused, plain = pair(spec, device, dtype, backend)
+    x = on(device, spec, 2, side_on(device, name), dtype)
+    assert fused(x).device.type == device
+    assert_agrees(fused, plain, x)
+    with torch.inference_mode():
+        assert_same(fused(x), fused(x))  # past the operator
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@grid(torch.float16)
+def test_layouts(device: str, backend: str, dtype: torch.dtype, layout: str) -> None:
+    fused, plain = pair(PRIMES, device, dtype, backend)
+    x = LAYOUTS[layout](on(device, PRIMES, 3, 9, dtype))
+    assert_agrees(fused, plain, x)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("spec", [pytest.param(TINY, id="tiny"), pytest.param(PRIMES, id="primes")])
+@grid(torch.float16, automatic=False)
+def test_small_modules_agree(device: str, backend: str, dtype: torch.dtype, spec: InceptionSpec) -> None:
+    fused, plain = pair(spec, device, dtype, backend)
+    with torch.inference_mode():
+        assert_agrees(fused, plain, on(device, spec, 2, 7, dtype).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@grid(torch.float16, torch.float32, automatic=False)
+def test_every_element_is_written_and_nothing_else(device: str, backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+    weights, biases, *_ = inception_arguments(norm=False, bias=True, dtype=dtype)
+    convs = [ConvParams(weight.to(device), bias.to(device)) for weight, bias in zip(weights, biases, strict=True)]
+    x = on(device, TINY, 2, 7, dtype)
+    buffer = guarded_buffer((2, TINY.out_channels, 7, 7), dtype, channels_last=channels_last)[1].to(device)
+    out = buffer[1:-1, 8:-8, 1:-1, 1:-1]
+    chosen, packed = registry.get(backend), pack_inception(convs, dtype)
+    chosen.inception(x, packed, chosen.prepare(packed, x.shape), out)
+    check_guards(out, buffer)
+    peer = by_definition(x, convs, lambda x, conv: F.conv2d(x, *conv[:2], padding=conv.weight.shape[2] // 2).relu())
+    check_close(out, [peer], plain_result(x, convs), terms=packed.shared_weight.shape[1])
+
+
+@on_every_device
+def test_gradients(device: str) -> None:
+    """Without batch norm, so that training runs fused, too."""
+    plain = plain_inception(PRIMES, None).to(device)
+    fused = FusedInception.from_module(plain)
+    x = on(device, PRIMES, 2, 6, torch.float32)
+    grad = cotangent(PRIMES, x.cpu()).to(device)
+
+    def gradients(model: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        return list(torch.autograd.grad(model(leaf), [leaf, *model.parameters()], grad))
+
+    truth = gradients(copy.deepcopy(plain).double(), x.double(), grad.double())
+    for ours, theirs, true in zip(gradients(fused, x, grad), gradients(plain, x, grad), truth, strict=True):
+        check_close(ours, [theirs], true, terms=x.numel())
+
+
+@on_every_device
+def test_weights_follow_the_module_to_the_device_and_back(device: str) -> None:
+    x = on("cpu", PRIMES, 2, 6, torch.float32)
+    fused, plain = pair(PRIMES, "cpu", torch.float32)
+    with torch.inference_mode():
+        before = fused(x)
+        assert_agrees(fused.to(device), plain.to(device), x.to(device))
+        assert_same(fused.cpu()(x), before)
+
+
+# The whole network.
+
+
+@pytest.mark.parametrize("variant", ["torchvision", "bvlc"])
+@grid(*DTYPES, devices=["cuda"])
+def test_networks_agree(device: str, backend: str, dtype: torch.dtype, variant: VariantName) -> None:
+    assert_network_agrees(device, backend, dtype, variant)
+
+
+def test_the_same_on_a_cpu() -> None:
+    """One of many: tests/test_parity.py has the others."""
+    assert_network_agrees("cpu", registry.AUTO, torch.bfloat16, "bvlc")
+
+
+def assert_network_agrees(device: str, backend: str, dtype: torch.dtype, variant: VariantName) -> None:
+    plain = plain_googlenet(variant, num_classes=1000, aux_logits=False).to(device, dtype)
+    fused = fuse(plain, backend=backend)
+    assert sum(isinstance(module, FusedInception) for module in fused.modules()) == 9
+    assert sum(isinstance(module, FusedConv2d) for module in fused.modules()) == 3
+    assert report_of(fused).skipped == []
+    assert {parameter.device.type for parameter in fused.parameters()} == {device}
+    side = 224 if device == "cuda" else 48
+    assert_agrees(fused, plain, torch.randn(2, 3, side, side).to(device, dtype))
+
+
+@pytest.mark.gpu
+def test_network_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch runs fp32 convolutions unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    plain = plain_googlenet("torchvision", num_classes=1000, aux_logits=False).cuda()
+    fused = fuse(plain)
+    assert report_of(fused).skipped == []
+    assert_agrees(fused, plain, torch.randn(2, 3, 224, 224).cuda())
+
+
+@pytest.mark.gpu
+def test_input_on_another_device_is_refused() -> None:
+    fused, _ = pair(TINY, "cuda", torch.float32)
+    with pytest.raises(ValueError, match=r"x is on cpu but the weights are on cuda:0: move one"):
+        fused(on("cpu", TINY, 1, 5, torch.float32))
+
+
+# Streams, graphs and races.
+
+
+@grid(torch.float16, torch.float32)
+def test_runs_of_one_input_are_bit_equal(device: str, backend: str, dtype: torch.dtype) -> None:
+    """A race shows as a difference; an element that is not written, as the poison left in freed memory."""
+    spec = GOOGLENET_MODULES["4e"][0] if device == "cuda" else PRIMES
+    fused, _ = pair(spec, device, dtype, backend)
+    x = on(device, spec, 2, 7, dtype).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        fused(x)
+        first = fused(x)
+        for _ in range(50 if device == "cuda" else 3):
+            poison = torch.full_like(first, float("nan"))
+            del poison
+            assert_same(fused(x), first)
+    assert first.isfinite().all()
+
+
+@grid(torch.float16, devices=["cuda"])
+def test_the_current_stream_is_the_one_used(device: str, backend: str, dtype: torch.dtype) -> None:
+    """On a busy stream the input becomes what it shall be late; a kernel on any other stream would find NaN there."""
+    fused, _ = pair(PRIMES, device, dtype, backend)
+    x = on(device, PRIMES, 2, 14, dtype)
+    busy = torch.randn(4096, 4096).to(device, dtype) / 64
+    late = torch.full_like(x, float("nan"))
+    stream, arrives = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.inference_mode():
+        expected = fused(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            assert_same(fused(x), expected)  # what a stream needs the first time is made
+            busy = busy @ busy
+            for _ in range(200):
+                busy = busy @ busy
+            late.copy_(x)
+            arrives.record()
+            actual = fused(late)
+            assert not arrives.query(), "the stream was not busy for long enough to tell"
+        stream.synchronize()
+    assert_same(actual, expected)
+
+
+def captured(model: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    """A CUDA graph of ``model`` with its static input and output, captured as torch's documentation says."""
+    static = x.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(static)
+    return graph, static, out
+
+
+def replay(graph: torch.cuda.CUDAGraph, static: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    out.fill_(float("nan"))
+    static.copy_(x)
+    graph.replay()
+    return out.clone()
+
+
+@grid(*DTYPES, devices=["cuda"])
+def test_cuda_graph_of_a_module(device: str, backend: str, dtype: torch.dtype) -> None:
+    fused, plain = pair(PRIMES, device, dtype, backend)
+    with torch.inference_mode():
+        graph, static, out = captured(fused, on(device, PRIMES, 2, 9, dtype))
+        results = []
+        for seed in (2, 3):
+            x = on(device, PRIMES, 2, 9, dtype, seed)
+            results.append(replay(graph, static, out, x))
+            comparison = judge(lambda x: replay(graph, static, out, x), plain, x)
+            assert comparison.ok, comparison
+        assert not torch.equal(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["torchvision", "bvlc"])
+def test_cuda_graph_of_the_network(variant: VariantName) -> None:
+    plain = plain_googlenet(variant, num_classes=1000, aux_logits=False).to("cuda", torch.float16)
+    fused = fuse(plain)
+    x = torch.randn(2, 3, 224, 224).to("cuda", torch.float16)
+    with torch.inference_mode():
+        graph, static, out = captured(fused, torch.randn_like(x))
+        comparison = judge(lambda x: replay(graph, static, out, x), plain, x)
+    assert comparison.ok, comparison
