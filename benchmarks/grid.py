@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from googlenet_fused.bench import DTYPES, NETWORKS, Case, Mode
+from googlenet_fused.bench import NETWORKS, Case, Mode
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from cases import BATCHES, GOOGLENET_MODULES
@@ -16,7 +16,7 @@ GROUPS = {"nets": tuple(NETWORKS), "modules": tuple(GOOGLENET_MODULES)}
 GROUPS["all"] = GROUPS["nets"] + GROUPS["modules"]
 """Names that stand for several subjects."""
 
-CPU_BATCHES = tuple(batch for batch in BATCHES if batch <= 32)
+CPU_BATCHES = {"modules": (1, 8), "nets": (1, 8, 32)}
 CPU_DTYPES = ("fp32", "bf16")
 TRAINING_BATCHES = {"cpu": (8,), "cuda": (32, 128)}
 NO_TRAINING = ("fp16",)
@@ -44,15 +44,12 @@ def cases(selection: Selection, device: str) -> Iterator[Case]:
     if device == "cpu" and "tf32" in dtypes:
         raise ValueError("--dtypes: tf32 is a mode of CUDA's tensor cores; on a CPU measure fp32")
     for mode in selection.modes:
-        batches = selection.batches or (
-            TRAINING_BATCHES[device] if mode == "training" else CPU_BATCHES if device == "cpu" else BATCHES
-        )
         for dtype in dtypes:
-            for batch in batches:
+            for batch in selection.batches or sorted({*BATCHES, *TRAINING_BATCHES[device]}):
                 for subject in subjects:
-                    if mode == "training" and (subject in GROUPS["modules"] or dtype in NO_TRAINING):
+                    group = "modules" if subject in GROUPS["modules"] else "nets"
+                    if mode == "training" and (group == "modules" or dtype in NO_TRAINING):
                         continue
-                    yield Case(subject, batch, dtype, mode)
-
-
-__all__ = ["CPU_BATCHES", "DTYPES", "GROUPS", "Selection", "cases"]
+                    inference = CPU_BATCHES[group] if device == "cpu" else BATCHES
+                    if selection.batches or batch in (TRAINING_BATCHES[device] if mode == "training" else inference):
+                        yield Case(subject, batch, dtype, mode)

@@ -40,10 +40,12 @@ def torchvision_eager(workload: Workload) -> Bind:
     return lambda x: bench.run_of(workload, model, x)
 
 
-def compiled(name: str, title: str, *, own_graph: bool = False, **options: Any) -> Provider:
+def compiled(name: str, title: str, *, own_graph: bool = False, trains: bool = True, **options: Any) -> Provider:
     """torch.compile of the plain model in channels_last, for fixed shapes."""
 
     def build(workload: Workload) -> Bind:
+        if workload.case.mode == "training" and not trains:
+            raise Unavailable("it does not train")
         plain = copy.deepcopy(workload.model).to(memory_format=torch.channels_last)
         model: Any = torch.compile(plain, dynamic=False, **options)
         try:
@@ -148,7 +150,7 @@ def all_providers() -> list[Provider]:
         compiled("compile_default", "torch.compile"),
         compiled("compile_reduce_overhead", "torch.compile, reduce-overhead", own_graph=True, mode="reduce-overhead"),
         compiled("compile_max_autotune", "torch.compile, max-autotune", mode="max-autotune-no-cudagraphs"),
-        compiled("compile_freezing", "torch.compile, freezing", options={"freezing": True}),
+        compiled("compile_freezing", "torch.compile, freezing", trains=False, options={"freezing": True}),
         Provider("merged_cudnn", "merged 1x1 on cuDNN (a TensorRT-like stand-in)", merged_cudnn, bench.cudnn_benchmark),
         Provider("torch_tensorrt", "Torch-TensorRT", torch_tensorrt),
         Provider("tensorrt", "TensorRT", tensorrt),

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.reading import SCHEMA
+from benchmarks.roofline import Ceilings, counts, floor_ms, percent
 from googlenet_fused import __version__, bench, info
 
 FOLDER = Path(__file__).parent / "results"
@@ -153,10 +155,22 @@ def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         measured = [row["case"] for row in merged["rows"]]
         merged["not_run"] = [entry for entry in [*merged["not_run"], *result["not_run"]] if entry["case"] not in measured]
         merged["clocks"] = [*merged["clocks"], *result["clocks"]]
-        merged["ceilings"] = _merged_ceilings(merged["ceilings"], result["ceilings"])
+        add_ceilings(merged, Ceilings.from_json(result["ceilings"]))
     return merged
 
 
-def _merged_ceilings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    products = {**first["matmul_tflop_per_s"], **second["matmul_tflop_per_s"]}
-    return {"copy_gb_per_s": second["copy_gb_per_s"] or first["copy_gb_per_s"], "matmul_tflop_per_s": products}
+def add_ceilings(result: dict[str, Any], measured: Ceilings) -> None:
+    """Raises a result's ceilings to those measured, where these are higher, and sets its rows' rooflines by them."""
+    known = result["ceilings"]
+    ceilings = measured.or_better(Ceilings.from_json(known)) if known["copy_gb_per_s"] else measured
+    result["ceilings"] = ceilings.to_json()
+    result["rows"] = [{**row, "roofline": roofline(row, ceilings)} for row in result["rows"]]
+
+
+def roofline(row: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+    """What a row's case needs at least, in how long, and how many per cent of that its headline time reaches."""
+    case, timings = bench.Case(**row["case"]), row["timings"]
+    needed = counts(case)
+    floor = floor_ms(needed, ceilings, case.dtype)
+    reached = percent(timings[bench.headline(list(timings))]["median"], floor) if timings else None
+    return {**asdict(needed), "floor_ms": None if floor is None else floor.ms, "percent": reached}

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ import torch
 
 from benchmarks import grid, reading, results
 from benchmarks.providers import lineup
-from benchmarks.roofline import Ceilings, counts, floor_ms, measure_ceilings, percent
+from benchmarks.roofline import Ceilings, measure_ceilings
 from googlenet_fused import bench
 from googlenet_fused.backends import registry
 from googlenet_fused.bench import Case, Provider, Row, Schedule
 from googlenet_fused.spec import GOOGLENET_SPECS
 
 BUSY_LOAD = 0.5
-SECONDS = {"cpu": {"module": 8.0, "net": 40.0}, "cuda": {"module": 2.0, "net": 4.0}}
+SECONDS = {"cpu": {"module": 5.0, "net": 30.0}, "cuda": {"module": 2.0, "net": 4.0}}
 """How long the providers of one case take turns, about."""
 
 INPUT = "seeded normal noise; weights, biases and statistics seeded and randomised"
@@ -53,24 +53,13 @@ class Plan:
         return Schedule(rounds=self.rounds, seconds=SECONDS[self.device.type]["module" if case.is_module else "net"])
 
 
-def measured_ceilings(plan: Plan, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The ceilings of the plan's dtypes, those that are known already not measured again."""
-    wanted = [dtype for dtype in dict.fromkeys(case.dtype for case in plan.cases) if dtype not in known["matmul_tflop_per_s"]]
-    if not wanted and known["copy_gb_per_s"]:
-        return dict(known)
+def measured_ceilings(plan: Plan) -> Ceilings:
+    """The ceilings of the plan's dtypes, as they are now."""
     small: dict[str, Any] = {"copy_bytes": 2**22, "matmul_side": 256, "repeats": 3, "budget": 0.2} if plan.quick else {}
-    new = measure_ceilings(plan.device, wanted, **small).to_json()
+    ceilings = measure_ceilings(plan.device, dict.fromkeys(case.dtype for case in plan.cases), **small)
     if plan.device.type == "cuda":
         torch.cuda.empty_cache()
-    return {**new, "matmul_tflop_per_s": {**known["matmul_tflop_per_s"], **new["matmul_tflop_per_s"]}}
-
-
-def row_json(row: Row, ceilings: Ceilings) -> dict[str, Any]:
-    """A row with the roofline of its case, and how much of it the headline time reaches."""
-    needed, floor = counts(row.case), floor_ms(counts(row.case), ceilings, row.case.dtype)
-    reached = None if row.timing is None else percent(row.timing.median, floor)
-    roofline = {**asdict(needed), "floor_ms": None if floor is None else floor.ms, "percent": reached}
-    return {**row.to_json(), "roofline": roofline}
+    return ceilings
 
 
 def run(plan: Plan, result: dict[str, Any], path: Path) -> list[Row]:
@@ -78,7 +67,7 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> list[Row]:
     start, rows = time.monotonic(), []
     with bench.progress_display("measuring") as show:
         show("ceilings", 0.0)
-        result["ceilings"] = measured_ceilings(plan, result["ceilings"])
+        results.add_ceilings(result, measured_ceilings(plan))
         ceilings = Ceilings.from_json(result["ceilings"])
         for at, case in enumerate(plan.cases):
             if plan.budget is not None and time.monotonic() - start > plan.budget:
@@ -102,12 +91,15 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> list[Row]:
                 say(f"{case}: not run: {bench.first_line(error)}")
             else:
                 rows += found
-                results.add_rows(result, [row_json(row, ceilings) for row in found])
+                new = [row.to_json() for row in found]
+                results.add_rows(result, [{**row, "roofline": results.roofline(row, ceilings)} for row in new])
                 say(one_line(case, found, time.monotonic() - began))
             if plan.device.type == "cuda":
                 torch.cuda.empty_cache()
                 result["clocks"] += [clocks] if (clocks := results.read_clocks()) else []
             results.write(result, path)
+        show("ceilings again", 1.0)
+        results.add_ceilings(result, measured_ceilings(plan))
     results.write(result, path)
     return rows
 
