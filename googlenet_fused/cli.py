@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"dtypes among {', '.join(DTYPES)} (default: fp32)",
     )
     bench.add_argument("--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet (default: %(default)s)")
+    bench.add_argument("--device", choices=["cpu", "cuda"], help="where to run (default: cuda if there is one)")
     bench.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: as torch chooses)")
     bench.add_argument(
@@ -382,10 +383,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from googlenet_fused import bench
+    from googlenet_fused import GOOGLENET_SPECS, bench
     from googlenet_fused.backends import registry
     from googlenet_fused.charts import ChartError, latency_chart
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("argument --device: torch sees no CUDA device; see googlenet-fused doctor, or give --device cpu")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output = _output_folder(arguments.output)
     schedule = bench.Schedule(rounds=arguments.rounds)
     cases = [bench.Case(arguments.variant, batch, dtype) for batch in arguments.batch for dtype in arguments.dtype]
@@ -398,19 +402,20 @@ def _bench(arguments: argparse.Namespace) -> int:
                 def progress(what: str, done: float, at: int = at, case: bench.Case = case) -> None:
                     show(f"{case}: {what}", (at + done) / len(cases))
 
-                problem = registry.Problem(torch.device("cpu"), bench.DTYPES[case.dtype], None)
+                problem = registry.Problem(device, bench.DTYPES[case.dtype], GOOGLENET_SPECS["3a"])
                 try:
                     backend = registry.select(arguments.backend, problem).name
-                    workload, providers = bench.build_workload(case), bench.package_providers(backend)
+                    workload, providers = bench.build_workload(case, device), bench.package_providers(backend)
                     rows += bench.measure(workload, providers, schedule, progress=progress)
                 except (bench.Unavailable, registry.BackendError) as error:
                     raise CommandError(str(error)) from error
 
-    document = {"machine": machine, "rows": [row.to_json() for row in rows]}
+    document = {"device": device.type, "machine": machine, "rows": [row.to_json() for row in rows]}
     written = [output / "bench.json"]
     written[0].write_text(json.dumps(document, indent=2) + "\n")
     try:
-        title = f"GoogLeNet on {machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+        threads = f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+        title = f"GoogLeNet on {machine['gpu']['name'] if device.type == 'cuda' else threads}"
         written.append(latency_chart(bench.latency_panels(rows), output / "bench.png", title))
     except ChartError as error:
         _say(f"warning: no chart: {error}")

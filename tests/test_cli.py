@@ -107,6 +107,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--batch", "many"], "got 'many'"),
         (["bench", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["bench", "--backend", "abacus"], "unknown backend 'abacus'"),
+        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["bench", "--threads", "-1"], "got '-1'"),
         (["doctor", "--yaml"], "--yaml"),
     ],
@@ -312,14 +313,15 @@ def test_classify_with_nothing_to_classify(capsys: pytest.CaptureFixture[str], t
 
 
 def test_bench_writes_results_and_a_chart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["bench", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["bench", "--device", "cpu", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()  # no progress bar outside a terminal
     assert "auto chose backend" in line
     document = json.loads(captured.out)
     assert [row["status"] for row in document["rows"]] == ["ok"] * 3
     assert document["machine"]["threads"] == 1
-    assert all(row["ms"]["n"] == 5 for row in document["rows"])
+    assert document["device"] == "cpu"
+    assert all(row["timings"][metric]["n"] == 5 for row in document["rows"] for metric in ("wall", "wall_cold"))
     assert {Path(path).name for path in document["files"]} == {"bench.json", "bench.png"}
     assert all(Path(path).stat().st_size for path in document["files"])
 
