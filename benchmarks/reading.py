@@ -217,10 +217,11 @@ def _check_row(row: Any, where: str) -> None:
         _field(row, name, (int, float, type(None)), where)
     roofline = _field(row, "roofline", (dict, type(None)), where)
     if roofline is not None:
-        for name in ("flops", "bytes", "floor_ms"):
+        for name in ("flops", "bytes"):
             _positive(roofline, name, f"{where}roofline.")
-        if _field(roofline, "percent", (int, float, type(None)), f"{where}roofline.") is not None:
-            _positive(roofline, "percent", f"{where}roofline.")
+        for name in ("floor_ms", "percent"):
+            if _field(roofline, name, (int, float, type(None)), f"{where}roofline.") is not None:
+                _positive(roofline, name, f"{where}roofline.")
 
 
 def case_of(row: Row) -> Case:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--subjects", nargs="+", default=["all"], choices=subjects, metavar="NAME", help=", ".join(subjects))
     parser.add_argument("--batches", nargs="+", type=int, default=[], metavar="N", help="batch sizes (default: the device's)")
     parser.add_argument("--dtypes", nargs="+", default=[], choices=list(bench.DTYPES), help="default: the device's")
-    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--modes", nargs="+", default=list(grid.MODES), choices=grid.MODES)
     parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="default: all that the device can have")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after so long")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="at most so many rounds a case (default: 30)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: as torch chooses)")
     parser.add_argument("--append", action="store_true", help="add to a result of the same machine, versions and commit")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run: measure what it left out")
     parser.add_argument("--commit", metavar="HASH", help="the commit of this code, where there is no git to ask")
     parser.add_argument("--quick", action="store_true", help="a trial: two rounds, small ceilings, nothing to believe")
     parser.add_argument(
@@ -191,11 +192,14 @@ def result_for(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, Any
     }
     new = results.new_result(plan.device.type, git, settings)
     final = arguments.output if arguments.output.suffix == ".json" else arguments.output / results.file_name(new)
-    if arguments.append and final.is_file():
-        old = dict(reading.read_file(final).data)
+    unfinished = final if arguments.append else final.with_suffix(".partial.json")
+    if arguments.resume and not unfinished.is_file():
+        raise ValueError(f"--resume: there is no {unfinished}, so no run was interrupted; start without --resume")
+    if unfinished.is_file() and (arguments.append or arguments.resume):
+        old = dict(reading.read_file(unfinished).data)
         results.check_same_run(old, new)
-        return old, final, final
-    return new, final if arguments.append else final.with_suffix(".partial.json"), final
+        new = old
+    return new, unfinished, final
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,12 +208,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with bench.torch_threads(arguments.threads):
             plan = plan_of(arguments)
             result, unfinished, final = result_for(plan, arguments)
+            if arguments.resume:
+                done = [row["case"] for row in result["rows"]]
+                plan = replace(plan, cases=[case for case in plan.cases if asdict(case) not in done])
             rows = run(plan, result, unfinished)
     except (ValueError, reading.ReportError, registry.BackendError) as error:
         print(f"benchmarks.run: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the cases that were done are in the file; add the others with --append", file=sys.stderr)
+        print("interrupted: the cases that were done are kept; go on with --resume", file=sys.stderr)
         return 130
     if unfinished != final:
         unfinished.replace(final)

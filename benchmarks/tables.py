@@ -266,6 +266,8 @@ def _provider_table(
     lines = []
     for provider, title in {row["provider"]: row["title"] for row in rows}.items():
         by_batch = {case_of(row).batch: row for row in rows if row["provider"] == provider}
+        if all(row["status"] == "unavailable" for row in by_batch.values()):
+            continue
         bold = provider == ours
         cells = [_bold(_plain(title), bold)]
         for case in cases:
@@ -385,19 +387,26 @@ def _mean_cell(own: Sequence[Row], rows: Sequence[Row], modules: int) -> str:
 
 
 def _accuracy(result: Result) -> list[str]:
-    """The largest error of ours and of plain PyTorch in each dtype, over all that was measured."""
+    """The largest error of ours and of plain PyTorch in each dtype, over all that was measured in one mode."""
     ours = our_provider(result)
-    said = []
-    for dtype in DTYPES:
-        worst: dict[str, float] = {}
-        for row in result.rows:
-            if row["provider"] in (ours, BASELINE) and row["max_error"] is not None and case_of(row).dtype == dtype:
-                worst[row["title"]] = max(row["max_error"], worst.get(row["title"], 0.0))
-        if worst:
-            said.append(f"{dtype}: " + ", ".join(f"{_plain(title)} {error:.1e}" for title, error in worst.items()))
-    if not said:
-        return []
-    return [f"**Largest error** against fp64, relative to the largest value of the output: {'; '.join(said)}."]
+    found = []
+    for mode, of in (
+        ("inference", "relative to the largest value of the output"),
+        ("training", "of a step's gradients, relative to the largest; each parameter's are first divided by their rms"),
+    ):
+        said = []
+        for dtype in DTYPES:
+            worst: dict[str, float] = {}
+            for row in result.rows:
+                case = case_of(row)
+                known = row["provider"] in (ours, BASELINE) and row["max_error"] is not None
+                if known and (case.dtype, case.mode) == (dtype, mode):
+                    worst[row["title"]] = max(row["max_error"], worst.get(row["title"], 0.0))
+            if worst:
+                said.append(f"{dtype}: " + ", ".join(f"{_plain(title)} {error:.1e}" for title, error in worst.items()))
+        if said:
+            found.append(f"**Largest error** against fp64, {mode}, {of}: {'; '.join(said)}.")
+    return found
 
 
 def _memory_and_host(result: Result) -> list[str]:
@@ -523,6 +532,7 @@ def _roofline_table(result: Result) -> str:
         roofline = found.get(case)
         if roofline is not None:
             flops, moved = roofline["flops"], roofline["bytes"]
-            numbers = [_number(value) for value in (flops / 1e9, moved / 1e6, flops / moved, roofline["floor_ms"])]
-            lines.append([str(case), *numbers])
+            numbers = [_number(value) for value in (flops / 1e9, moved / 1e6, flops / moved)]
+            floor = roofline["floor_ms"]
+            lines.append([str(case), *numbers, "no ceiling" if floor is None else _number(floor)])
     return _table(["case", "GFLOP", "least MB", "FLOPs a byte", "floor, ms"], lines)

@@ -207,11 +207,19 @@ def test_an_interrupted_run_keeps_its_cases_and_the_older_file(
             raise KeyboardInterrupt
         return measure(workload, *arguments, **options)
 
-    monkeypatch.setattr(bench, "measure", interrupted)
-    assert run.main([*ARGUMENTS, "--subjects", "4e", "5b", "--output", str(path)]) == 130
+    again = [*ARGUMENTS, "--subjects", "4e", "5b", "--output", str(path)]
+    with monkeypatch.context() as context:
+        context.setattr(bench, "measure", interrupted)
+        assert run.main(again) == 130
     assert path.read_bytes() == content
-    partial = reading.read_file(tmp_path / "r.partial.json")
-    assert {row["case"]["subject"] for row in partial.rows} == {"4e"}
+    partial = tmp_path / "r.partial.json"
+    assert {row["case"]["subject"] for row in reading.read_file(partial).rows} == {"4e"}
+
+    measured.clear()
+    assert run.main([*again, "--resume"]) == 0
+    assert [case.subject for case in measured] == ["5b"], "what was done is not done again"
+    assert [row["case"]["subject"] for row in reading.read_file(path).rows] == ["4e", "4e", "5b", "5b"]
+    assert not partial.exists()
 
 
 def test_a_spent_budget_and_a_case_that_cannot_run_are_recorded(
@@ -268,6 +276,7 @@ def test_a_real_run_from_measuring_to_reading(tmp_path: Path) -> None:
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--providers", "cudnn"], "got 'cudnn'"),
+        (["--resume"], "so no run was interrupted; start without --resume"),
         (["--modes", "training", "--subjects", "5a"], "nothing to measure"),
         (["--dtypes", "tf32"], "tf32 is a mode of CUDA's tensor cores"),
         pytest.param(

@@ -313,7 +313,9 @@ def test_classify_with_nothing_to_classify(capsys: pytest.CaptureFixture[str], t
 
 
 def test_bench_writes_results_and_a_chart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["bench", "--device", "cpu", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "out"), "--json"]) == 0
+    assert (
+        main(["bench", "--device", "cpu", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "out"), "--json"]) == 0
+    )
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()  # no progress bar outside a terminal
     assert "auto chose backend" in line
