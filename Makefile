@@ -33,7 +33,7 @@ lint: .venv/.installed ## ruff, mypy, the import direction, and the tables gener
 	@$(BIN)/python -m pytest -q tests/test_import_direction.py
 	@$(BIN)/python -m benchmarks.report --check
 
-bench: .venv/.installed-bench ## measure on this machine (over half an hour on two cores) and write the tables and charts
+bench: .venv/.installed-bench ## measure on this machine (the better part of an hour on two cores) and write the tables and charts
 	@$(BIN)/python -m benchmarks.run
 	@$(BIN)/python -m benchmarks.report
 

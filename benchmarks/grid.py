@@ -18,7 +18,10 @@ GROUPS = {"nets": tuple(NETWORKS), "modules": tuple(GOOGLENET_MODULES)}
 GROUPS["all"] = GROUPS["nets"] + GROUPS["modules"]
 """Names that stand for several subjects."""
 
-DTYPES = {"cpu": {"inference": ("fp32", "bf16"), "training": ("fp32",)}, "cuda": dict.fromkeys(MODES, ("fp16", "bf16", "tf32"))}
+DTYPES: dict[str, dict[Mode, tuple[str, ...]]] = {
+    "cpu": {"inference": ("fp32", "bf16"), "training": ("fp32",)},
+    "cuda": dict.fromkeys(MODES, ("fp16", "bf16", "tf32")),
+}
 """Those that are measured where none is asked for."""
 
 CPU_BATCHES = (1, 8)

@@ -24,6 +24,8 @@ PYTORCH_PEERS = ("channels_last", "compile_")
 """What the names of the other ways of running PyTorch begin with; all further providers are other runtimes."""
 
 DEVICES = ("cpu", "cuda")
+UNFINISHED = ".partial.json"
+"""What the name of a run's file ends with until all is measured."""
 MODULES = tuple(GOOGLENET_SPECS)
 MODES = get_args(Mode)
 STATUSES = get_args(Status)
@@ -77,7 +79,8 @@ def read(folder: Path) -> list[Result]:
     Raises:
         ReportError: a file is not a result; the message names the file and the fault.
     """
-    return [read_file(path) for device in DEVICES for path in sorted(folder.glob(f"{device}-*.json"))]
+    found = [path for device in DEVICES for path in sorted(folder.glob(f"{device}-*.json"))]
+    return [read_file(path) for path in found if not path.name.endswith(UNFINISHED)]
 
 
 def read_file(path: Path) -> Result:
@@ -154,13 +157,14 @@ def _check(data: Any) -> None:
     _positive(machine, "threads", "machine.")
     gpu = _field(machine, "gpu", dict if device == "cuda" else (dict, type(None)), "machine.")
     if device == "cuda":
-        for name in ("name", "arch", "driver"):
+        for name in ("name", "arch"):
             _field(gpu, name, str, "machine.gpu.")
+        _field(gpu, "driver", (str, type(None)), "machine.gpu.")
     _field(data, "versions", dict)
     git = _field(data, "git", (dict, type(None)))
     if git is not None:
         _field(git, "commit", str, "git.")
-        _field(git, "dirty", bool, "git.")
+        _field(git, "dirty", (bool, type(None)), "git.")
     _field(data, "settings", dict)
     _field(data, "clocks", list)
     ceilings = _field(data, "ceilings", dict)

@@ -20,6 +20,7 @@ from googlenet_fused import __version__, bench, info
 
 FOLDER = Path(__file__).parent / "results"
 RUNTIMES = ("torch", "torchvision", "triton", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "torch_tensorrt")
+GENERATED = ("benchmarks/results", "docs", "README.md")
 ONE_RUN = ("device", "machine", "versions", "git")
 """The fields that must be the same for rows to stand in one file."""
 
@@ -58,10 +59,14 @@ def now() -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit and whether files differ from it; ``None`` outside a git checkout, without git, or before the first commit."""
+    """The commit and whether files differ from it, those apart that a measurement itself writes.
+
+    ``None`` outside a git checkout, without git, or before the first commit.
+    """
     try:
         commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit.strip(), "dirty": bool(_git(folder, "status", "--porcelain").strip())}
+        changes = _git(folder, "status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in GENERATED))
+        return {"commit": commit.strip(), "dirty": bool(changes.strip())}
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -124,6 +129,9 @@ def check_same_run(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     for name in ONE_RUN:
         if first[name] != second[name]:
             raise ValueError(f"results of different runs must not be mixed: {name} is {_differing(first[name], second[name])}")
+    trial, other = (result["settings"].get("quick", False) for result in (first, second))
+    if trial != other:
+        raise ValueError("results of different runs must not be mixed: one is a trial (--quick) and the other is not")
 
 
 def _differing(first: Any, second: Any) -> str:

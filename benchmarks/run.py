@@ -62,9 +62,12 @@ def measured_ceilings(plan: Plan) -> Ceilings:
     return ceilings
 
 
-def run(plan: Plan, result: dict[str, Any], path: Path) -> list[Row]:
-    """Measures the plan's cases into ``result``, and writes that to ``path`` after each."""
-    start, rows = time.monotonic(), []
+def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]:
+    """Measures the plan's cases into ``result``, and writes that to ``path`` after each.
+
+    Returns the rows, and how many cases broke off with an error that nobody expected.
+    """
+    start, rows, broken = time.monotonic(), [], 0
     with bench.progress_display("measuring") as show:
         show("ceilings", 0.0)
         results.add_ceilings(result, measured_ceilings(plan))
@@ -86,9 +89,10 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> list[Row]:
                 torch.compiler.reset()  # it compiles no more than a few models of one class
                 workload = bench.build_workload(case, plan.device)
                 found = bench.measure(workload, plan.providers, plan.schedule(case), progress=progress)
-            except (bench.Unavailable, torch.OutOfMemoryError) as error:
+            except Exception as error:  # one case must not cost the others, whatever a runtime raises
                 result["not_run"].append({"case": asdict(case), "reason": bench.first_line(error)})
                 say(f"{case}: not run: {bench.first_line(error)}")
+                broken += not isinstance(error, bench.Unavailable | torch.OutOfMemoryError)
             else:
                 rows += found
                 new = [row.to_json() for row in found]
@@ -101,7 +105,7 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> list[Row]:
         show("ceilings again", 1.0)
         results.add_ceilings(result, measured_ceilings(plan))
     results.write(result, path)
-    return rows
+    return rows, broken
 
 
 def one_line(case: Case, rows: Sequence[Row], seconds: float) -> str:
@@ -181,7 +185,7 @@ def result_for(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, Any
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if load is not None and load > BUSY_LOAD and plan.device.type == "cpu":
         say(f"warning: the load average is {load:.1f}; other work on this machine spoils the timings")
-    git = {"commit": arguments.commit, "dirty": False} if arguments.commit else results.git_state(Path(__file__).parent)
+    git = {"commit": arguments.commit, "dirty": None} if arguments.commit else results.git_state(Path(__file__).parent)
     settings = {
         "rounds": plan.rounds,
         "seconds_a_case": SECONDS[plan.device.type],
@@ -192,7 +196,7 @@ def result_for(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, Any
     }
     new = results.new_result(plan.device.type, git, settings)
     final = arguments.output if arguments.output.suffix == ".json" else arguments.output / results.file_name(new)
-    unfinished = final if arguments.append else final.with_suffix(".partial.json")
+    unfinished = final if arguments.append else final.with_suffix(reading.UNFINISHED)
     if arguments.resume and not unfinished.is_file():
         raise ValueError(f"--resume: there is no {unfinished}, so no run was interrupted; start without --resume")
     if unfinished.is_file() and (arguments.append or arguments.resume):
@@ -211,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.resume:
                 done = [row["case"] for row in result["rows"]]
                 plan = replace(plan, cases=[case for case in plan.cases if asdict(case) not in done])
-            rows = run(plan, result, unfinished)
+            rows, broken = run(plan, result, unfinished)
     except (ValueError, reading.ReportError, registry.BackendError) as error:
         print(f"benchmarks.run: error: {error}", file=sys.stderr)
         return 1
@@ -221,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unfinished != final:
         unfinished.replace(final)
     print(f"wrote {final}")
-    return 1 if any(row.status == "wrong" for row in rows) else 0
+    return 1 if broken or any(row.status == "wrong" for row in rows) else 0
 
 
 if __name__ == "__main__":

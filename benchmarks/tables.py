@@ -35,9 +35,11 @@ READING = (
     "a replayed CUDA graph. `wall`: eager wall time. `graph_cold`, `wall_cold`: the same with inputs and outputs rotated "
     "beyond the last cache, medians. `host`: time until the call returns, median. n: timed calls of the first of these that a "
     "row has, `graph` before `wall`; % of the roofline is of the same. The roofline is the time that the arithmetic or the "
-    "least traffic of a case needs at the ceilings above, whichever is longer; above 100 % a problem stayed in a cache, or an "
-    "algorithm needed fewer operations than are counted. Errors are against fp64, relative to the largest value and to the "
-    "root mean square of the output. The CSV file holds every percentile."
+    "least traffic of a case needs at the ceilings above, whichever is longer. Above 100 %, convolutions ran faster than the "
+    "matrix product that is the ceiling, a problem stayed in a cache, or an algorithm needed fewer operations than are "
+    "counted. Errors are against fp64, relative to the largest value and to the root mean square of the output; of a training "
+    "step, the largest and the mean of its parameters' gradients, each relative to its own root mean square. The CSV file "
+    "holds every percentile."
 )
 RUNTIMES = ("torch", "triton", "onnxruntime", "openvino", "tensorrt", "torch_tensorrt", "cuda_runtime", "cudnn")
 
@@ -118,13 +120,13 @@ def facts(result: Result) -> str:
     host = machine["isa"]
     if data["device"] == "cuda":
         gpu = machine["gpu"]
-        host = f"{gpu['name']} ({gpu['arch']}), driver {gpu['driver']}{_clocks(data['clocks'])}; host {machine['cpu']}, {host}"
+        driver = gpu["driver"] or "not known"
+        host = f"{gpu['name']} ({gpu['arch']}), driver {driver}{_clocks(data['clocks'])}; host {machine['cpu']}, {host}"
     runtimes = [f"{name} {versions[name]}" for name in RUNTIMES if versions.get(name)]
     if machine.get("onednn") and data["device"] == "cpu":
         runtimes.append(f"oneDNN {machine['onednn']}")
-    commit = (
-        "no commit recorded" if git is None else f"commit {git['commit'][:9]}{', with local changes' if git['dirty'] else ''}"
-    )
+    changed = {True: ", with local changes", False: "", None: ", local changes not known"}
+    commit = "no commit recorded" if git is None else f"commit {git['commit'][:9]}{changed[git['dirty']]}"
     return _plain(
         f"{host}; {machine['os']}, Python {machine['python']}; {', '.join(runtimes)}; {data['created'][:10]}, {commit}."
     )
@@ -392,7 +394,7 @@ def _accuracy(result: Result) -> list[str]:
     found = []
     for mode, of in (
         ("inference", "relative to the largest value of the output"),
-        ("training", "of a step's gradients, relative to the largest; each parameter's are first divided by their rms"),
+        ("training", "of a parameter's gradient, root mean square relative to its own"),
     ):
         said = []
         for dtype in DTYPES:

@@ -24,6 +24,12 @@ MINIMUM_TORCH = (2, 11)
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "rich", "matplotlib", "scikit-image")
 """Distributions whose versions decide what works here, by the name the package index knows them under."""
 
+FLAG_PREFIXES = (
+    *("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "ATEN_CPU_"),
+    *("NVIDIA_TF32_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDNN_", "CUBLAS_", "CUDA_"),
+)
+"""Environment variables that a timing may depend on begin with these."""
+
 _IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage"}
 
 
@@ -112,12 +118,11 @@ def machine_description() -> dict[str, Any]:
     """What a timing taken here depends on, ready for JSON: processor, threads, operating system, torch and its flags."""
     flags: dict[str, Any] = {
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "ATEN_CPU_"))
-        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(FLAG_PREFIXES)},
     }
     return {
         "cpu": cpu_model(),

@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from googlenet_fused import bench
-from googlenet_fused.bench import BASELINE, Bind, Case, Provider, Run, Schedule, Unavailable, Workload, meters
+from googlenet_fused.bench import (
+    BASELINE,
+    Bind,
+    Case,
+    Provider,
+    Run,
+    Schedule,
+    Unavailable,
+    Workload,
+    build_workload,
+    gate,
+    meters,
+)
 from googlenet_fused.bench.gate import judge_all
 from googlenet_fused.bench.memory import CpuMemory
 from googlenet_fused.bench.meters import CpuMeter, CudaMeter, Rotation, rotated
@@ -102,6 +114,23 @@ def test_only_providers_that_agree_get_a_time(workload: Workload) -> None:
     assert by_name["missing"].reason == "not on this machine"
     assert by_name["broken"].reason == "cannot be built"
     assert by_name["crashing"].reason == "cannot run"
+
+
+def test_a_provider_that_breaks_while_it_is_timed_costs_nobody_else(workload: Workload) -> None:
+    calls = 0
+
+    def tiring(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 9:
+            raise torch.OutOfMemoryError("no more")
+        return workload.model(x)
+
+    right, broken = bench.measure(workload, [eager(workload), provider("tiring", tiring)], Schedule(3, 3, 0, 0.0))
+    assert right.status == "ok"
+    assert right.timing is not None
+    assert right.timing.n == 9
+    assert (broken.status, broken.reason, broken.timings) == ("wrong", "out of memory: no more", {})
 
 
 def test_an_element_that_is_never_written_shows(workload: Workload) -> None:
@@ -217,8 +246,43 @@ def test_a_wrong_gradient_is_found(training: Workload) -> None:
     right, wrong, without = bench.measure(training, providers, QUICK)
     assert right.status == "ok", right.reason
     assert (wrong.status, without.status) == ("wrong", "wrong")
-    assert "disagrees" in str(wrong.reason)
+    assert "disagrees: the gradient of 0." in str(wrong.reason)
     assert without.reason == "the step left no gradient for 0.weight"
+
+
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        ("torchvision", ("conv1.conv.weight", "inception3a.branch4.1.bn.bias", "inception5b.branch3.1.bn.weight", "fc.bias")),
+        ("bvlc", ("conv1.conv.bias", "inception3a.branch3.0.conv.bias", "inception5b.branch3.1.conv.weight", "fc.weight")),
+    ],
+)
+def test_one_wrong_gradient_of_a_whole_network_is_found(variant: str, names: tuple[str, ...]) -> None:
+    workload = build_workload(Case(variant, batch=2, mode="training", side=64))
+    x = workload.input(1)
+    truth = gate._TrueStep.of(workload, x)
+    assert truth.peer_error < gate.MOST_PEER_ERROR
+    step = bench.run_of(workload, copy.deepcopy(workload.model), x)
+    assert isinstance(step, bench.TrainingStep)
+    right = step.gradients()
+    assert truth.compare(right).ok
+    for name in names:
+        for factor in (0.0, 0.5, -1.0, float("nan")):
+            wrong = {**right, name: right[name] * factor}
+            judged = truth.compare(wrong)
+            assert not judged.ok, (name, factor)
+            assert name in judged.detail
+
+
+def test_a_loss_that_is_off_is_found(training: Workload) -> None:
+    x = training.input(1)
+    truth = gate._TrueStep.of(training, x)
+    step = bench.run_of(training, copy.deepcopy(training.model), x)
+    assert truth.judge(step).ok
+    assert not truth.judge(step, lambda: step() * 1.01).ok
+    silent = truth.judge(step, lambda: truth.losses.peers[0])
+    assert not silent.ok, "a replay that writes no gradients leaves the poison"
+    assert "is not finite" in silent.detail
 
 
 def test_a_step_moves_no_parameter(training: Workload) -> None:
@@ -355,6 +419,7 @@ class _FakeCuda:
             "graph": graph,
             "CUDAGraph": Graph,
             "Event": Event,
+            "set_stream": lambda stream: None,
             "synchronize": lambda: None,
             "current_device": lambda: 0,
             "get_device_properties": lambda index: properties,
@@ -373,12 +438,12 @@ def test_device_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(turns["wall"]()) == len(turns["host"]()) == 3
 
 
-def test_a_provider_with_graphs_of_its_own_is_timed_by_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_with_graphs_of_its_own_has_no_graph_time(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _FakeCuda()
     fake.install(monkeypatch)
-    turns, _ = CudaMeter().turns(lambda x: fake.call, lambda seed: torch.zeros(4), Schedule(calls=3), own_graph=True)
-    assert turns.keys() == {"wall", "wall_cold", "graph", "host"}
-    assert list(turns["graph"]()) == [3.0] * 3
+    turns, missing = CudaMeter().turns(lambda x: fake.call, lambda seed: torch.zeros(4), Schedule(calls=3), own_graph=True)
+    assert turns.keys() == {"wall", "wall_cold", "host"}
+    assert missing == ["no graph metric: it replays CUDA graphs of its own"]
 
 
 def test_a_call_that_cannot_be_captured_keeps_its_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:

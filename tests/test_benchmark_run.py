@@ -13,7 +13,7 @@ from cases import BATCHES, GOOGLENET_MODULES, assert_agrees, message_of
 from torch import Tensor, nn
 
 from benchmarks import grid, reading, results, run
-from benchmarks.providers import CUDA_ONLY, all_providers, lineup, merged, merged_cudnn, torchvision_eager
+from benchmarks.providers import CUDA_ONLY, all_providers, compiled, lineup, merged, merged_cudnn, torchvision_eager
 from benchmarks.runtimes import onnx_runtime, openvino, tensorrt, torch_tensorrt
 from googlenet_fused import bench
 from googlenet_fused.backends import registry
@@ -153,7 +153,7 @@ def test_a_run_writes_what_the_report_reads(tmp_path: Path, measured: list[Case]
     assert [(row["provider"], row["case"]["subject"]) for row in read.rows] == [
         (provider, subject) for subject in ("5a", "5b") for provider in (BASELINE, "fused_cpu")
     ]
-    assert read.data["git"] == {"commit": "c0ffee", "dirty": False}
+    assert read.data["git"] == {"commit": "c0ffee", "dirty": None}
     assert read.data["settings"]["auto_backend"] == "cpu"
     assert read.data["versions"]["torch"] == results.versions()["torch"]
     for row in read.rows:
@@ -243,6 +243,29 @@ def test_a_spent_budget_and_a_case_that_cannot_run_are_recorded(
     ]
 
 
+def test_an_error_costs_one_case_only(tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = bench.measure
+
+    def broken_5a(workload: Workload, *arguments: Any, **options: Any) -> list[Row]:
+        if workload.case.subject == "5a":
+            raise IndexError("a defect\nin two lines")
+        return measure(workload, *arguments, **options)
+
+    monkeypatch.setattr(bench, "measure", broken_5a)
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "5b", "--output", str(tmp_path / "r.json")]) == 1
+    read = reading.read_file(tmp_path / "r.json")
+    assert [(entry["case"]["subject"], entry["reason"]) for entry in read.data["not_run"]] == [("5a", "a defect")]
+    assert {row["case"]["subject"] for row in read.rows} == {"5b"}
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_compiler_with_graphs_of_its_own_passes_the_gate(mode: Any) -> None:
+    own = compiled("own", "Own", own_graph=True, backend="eager")
+    workload = build_workload(Case(mode=mode, side=64, batch=2))
+    rows = bench.measure(workload, [Provider(BASELINE, "PyTorch", torchvision_eager), own], QUICK)
+    assert [row.status for row in rows] == ["ok", "ok"], rows[1].reason
+
+
 def test_a_wrong_provider_makes_the_run_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(workload: Workload, *_: Any, **__: Any) -> list[Row]:
         return [tiny_row(BASELINE, workload.case), tiny_row("fused_cpu", workload.case, status="wrong")]
@@ -317,7 +340,7 @@ def test_a_gpu_result_is_named_after_the_gpu() -> None:
 
 
 def result_of(*subjects: str, **changes: Any) -> dict[str, Any]:
-    made = results.new_result("cpu", {"commit": "c0ffee", "dirty": False}, {"rounds": 1})
+    made = results.new_result("cpu", {"commit": "c0ffee", "dirty": False}, {"rounds": 1, "quick": False})
     made["rows"] = [tiny_row(BASELINE, Case(subject)).to_json() | {"roofline": None} for subject in subjects]
     rate = {"median": 1.0, "p20": 0.9, "p80": 1.1, "n": 3}
     made["ceilings"] = {"copy_gb_per_s": rate, "matmul_tflop_per_s": {"fp32": rate}}
@@ -346,6 +369,7 @@ def test_results_of_one_run_merge() -> None:
         ({"versions": {}}, "versions is"),
         ({"git": None}, "git is"),
         ({"device": "cuda"}, "device is 'cpu' in one and 'cuda' in the other"),
+        ({"settings": {"quick": True}}, "one is a trial (--quick)"),
     ],
 )
 def test_results_of_two_runs_are_not_mixed(changes: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from googlenet_fused.bench.case import Case, Workload, numerics
 from googlenet_fused.bench.gate import judge_all
-from googlenet_fused.bench.meters import METRICS, Meter, first_line, headline, meter_for
+from googlenet_fused.bench.meters import METRICS, Meter, failure, first_line, headline, meter_for
 from googlenet_fused.bench.provider import BASELINE, Bind, Provider, Unavailable
 from googlenet_fused.bench.timing import Schedule, Timing, Turn, take_turns
 
@@ -163,7 +163,7 @@ def _build(entry: _Entry, workload: Workload, meter: Meter) -> None:
     except Exception as error:  # a provider that breaks is its own result, and the others go on
         if entry.provider.name == BASELINE:
             raise Unavailable(f"plain PyTorch cannot run {workload.case} here: {first_line(error)}") from error
-        entry.failed("wrong", first_line(error))
+        entry.failed("wrong", failure(error))
 
 
 def _time(
@@ -177,11 +177,15 @@ def _time(
             continue
         progress(f"warming up {entry.provider.title}", 0.4)
         provider = entry.provider
-        with provider.settings():
-            own, missing = meter.turns(entry.bind, workload.input, schedule, own_graph=provider.own_graph)
+        try:
+            with provider.settings():
+                own, missing = meter.turns(entry.bind, workload.input, schedule, own_graph=provider.own_graph)
+        except Exception as error:  # it was right and broke all the same: the others go on
+            entry.failed("wrong", failure(error))
+            continue
         entry.reason = "; ".join(missing) or None
         for metric, turn in own.items():
-            within = _within(provider, turn)
+            within = _within(entry, turn)
             start = time.perf_counter()
             if schedule.seconds is not None:
                 within()
@@ -196,13 +200,21 @@ def _time(
         progress("timing", 0.5 + 0.5 * done / total)
 
     samples = take_turns(turns, rounds, advance=advance)
-    names = dict.fromkeys(name for name, _ in turns)
+    names = [entry.provider.name for entry in entries if entry.bind is not None]
     return {name: {m: Timing.of(samples[name, m]) for m in METRICS if (name, m) in samples} for name in names}
 
 
-def _within(provider: Provider, turn: Turn) -> Turn:
+def _within(entry: _Entry, turn: Turn) -> Turn:
+    """A turn in its provider's settings; one that breaks ends the provider's part."""
+
     def run() -> Sequence[float]:
-        with provider.settings():
-            return turn()
+        if entry.bind is None:
+            return []
+        try:
+            with entry.provider.settings():
+                return turn()
+        except Exception as error:
+            entry.failed("wrong", failure(error))
+            return []
 
     return run

@@ -9,8 +9,7 @@ The metrics, all in milliseconds a call:
 * ``graph_cold``: the same for a graph of calls on rotated buffers.
 * ``host``: until the call returns to the host, on an idle device: what a call costs the processor.
 
-A CPU has the first two. A provider that replays CUDA graphs itself has, as ``graph``, the device time of its calls back to
-back.
+A CPU has the first two. A provider that replays CUDA graphs itself has no ``graph``: its calls cannot be captured in another.
 """
 
 from __future__ import annotations
@@ -122,7 +121,6 @@ class CudaMeter:
         run = bind(inputs(0))
         for _ in range(max(schedule.warmup, 1)):
             run()
-        each = self._device_ms(run, 3)
         calls = schedule.calls
         turns: dict[str, Turn] = {
             "wall": lambda: self._samples(run, calls, self._wall),
@@ -133,11 +131,11 @@ class CudaMeter:
         if not isinstance(run, TrainingStep):
             rotation = rotated(bind, inputs, run, self.cache, keep=not own_graph)
             turns["wall_cold"] = lambda: self._samples(rotation, calls, self._wall)
-        repeats = max(1, min(MOST_REPEATS, int(GRAPH_MS / max(each, 1e-3))))
         if own_graph:
-            turns["graph"] = lambda: self._samples(run, calls, lambda call: self._device_ms(call, repeats))
-            return turns, missing
+            return turns, ["no graph metric: it replays CUDA graphs of its own"]
         try:
+            once = self._device_ms(self._capture([run], keep=False)[0].replay, 3)
+            repeats = max(1, min(MOST_REPEATS, int(GRAPH_MS / max(once, 1e-3))))
             turns["graph"] = self._graph_turn([run] * repeats, calls, keep=False)
             if rotation is not None:
                 turns["graph_cold"] = self._graph_turn(rotation.runs, calls, keep=True)
@@ -169,12 +167,16 @@ class CudaMeter:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         outputs: list[Tensor] = []
-        with torch.cuda.graph(graph, stream=stream):
-            for run in runs:
-                output = run()
-                if keep:
-                    outputs.append(output)
-                del output
+        current = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                for run in runs:
+                    output = run()
+                    if keep:
+                        outputs.append(output)
+                    del output
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
         return graph, outputs
 
     def _graph_turn(self, runs: Sequence[Run], samples: int, *, keep: bool) -> Turn:
@@ -186,8 +188,7 @@ class CudaMeter:
 
         def turn() -> list[float]:
             assert len(outputs) == (count if keep else 0)  # they live as long as the graph that writes them
-            graph.replay()
-            return [self._device_ms(graph.replay, 1) / count for _ in range(samples)]
+            return [self._device_ms(graph.replay, 1, lead=graph.replay) / count for _ in range(samples)]
 
         return turn
 
@@ -214,10 +215,11 @@ class CudaMeter:
         return ms
 
     @staticmethod
-    def _device_ms(call: Callable[[], object], count: int) -> float:
-        """Milliseconds of device time a call, of ``count`` back to back."""
+    def _device_ms(call: Callable[[], object], count: int, lead: Callable[[], object] = lambda: None) -> float:
+        """Milliseconds of device time a call, of ``count`` back to back; ``lead`` keeps the device busy during their launch."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        lead()
         start.record()
         for _ in range(count):
             call()
@@ -245,6 +247,11 @@ def meter_for(device: torch.device) -> Meter:
 def first_line(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def failure(error: BaseException) -> str:
+    """Why a provider failed, in one line."""
+    return f"out of memory: {first_line(error)}" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
 
 
 def _warm(run: Run, count: int) -> float:

@@ -48,22 +48,29 @@ class Provider:
 class TrainingStep:
     """One step of SGD with momentum 0.9 on the cross entropy of a model's logits; a call returns the loss.
 
-    The learning rate is 0, so that hundreds of steps leave the parameters as they were and all providers' gradients comparable;
-    the step does the same work whatever the rate.
+    ``before`` is called first in each step. The learning rate is 0, so that hundreds of steps leave the parameters as they
+    were and all providers' gradients comparable; the step does the same work whatever the rate.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        self.model, self.x, self.labels, self.dtype = model, x, labels, dtype
+    def __init__(
+        self, model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype, before: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model, self.x, self.labels, self.dtype, self.before = model, x, labels, dtype, before
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.0, momentum=0.9)
 
     def _backward(self) -> Tensor:
+        self.before()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
             logits = self.model(self.x)  # [batch, classes]
         loss = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, self.labels)
         loss.backward()
         return loss.detach()
+
+    def at(self, dtype: torch.dtype) -> TrainingStep:
+        """The same step in another dtype."""
+        return TrainingStep(self.model, self.x, self.labels, dtype, self.before)
 
     def __call__(self) -> Tensor:
         loss = self._backward()
@@ -138,7 +145,7 @@ def fused_provider(backend: str = "auto") -> Provider:
         form = channels_last if workload.case.is_module else lambda x: x
         return lambda x: run_of(workload, fused, form(x))
 
-    return Provider(f"fused_{backend}", f"googlenet_fused, {backend}", build)
+    return Provider(f"fused_{backend}", f"googlenet_fused, {backend}", build, cudnn_benchmark)
 
 
 def package_providers(backend: str = "auto") -> list[Provider]:
