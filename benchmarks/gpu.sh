@@ -346,12 +346,6 @@ print(*(provider.name for provider in lineup("cuda") if provider.name.startswith
     return 1
 }
 
-keep_partial() { # benchmarks.run gives a new file its name at its end only, which may not come
-    [ ! -f "$OUTPUT/results.partial.json" ] || [ -f "$OUTPUT/results.json" ] ||
-        mv "$OUTPUT/results.partial.json" "$OUTPUT/results.json"
-    rm -f "$OUTPUT/results.partial.json"
-}
-
 # LEAST SHARE LAST WORDS...: benchmarks.run with these arguments for SHARE percent of what is left of the stage, if that is
 # LEAST seconds. No case is begun after LAST percent of it, so that it ends by itself; each is in the file once it is done.
 measure() {
@@ -365,7 +359,6 @@ measure() {
     limited "$span" "$PYTHON" -m benchmarks.run --device cuda --output "$OUTPUT/results.json" --append \
         --budget $((span * last / 100)) ${COMMIT:+--commit "$COMMIT"} "$@"
     became $? "$what"
-    keep_partial
 }
 
 # Half precision, which is what such machines are for, comes first: the rest is measured in what time it leaves.
@@ -487,7 +480,6 @@ interrupted() { # EXIT CODE
     fi
     outcome=interrupted
     close_log
-    keep_partial
     for i in "${!SELECTED[@]}"; do
         [ "${OUTCOMES[i]}" != 'to come' ] || OUTCOMES[i]='not run'
         [ "${SELECTED[i]}" != "$current" ] || OUTCOMES[i]=interrupted TIMES[i]=$((SECONDS - began))
@@ -514,7 +506,6 @@ limit_of() { # INDEX: the seconds that stage may take now; it and those before i
 }
 
 began=0 machine=unknown no_gpu=''
-keep_partial # of a run that was killed
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 trap 'interrupted 129' HUP
