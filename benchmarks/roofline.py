@@ -14,9 +14,8 @@ At 224x224 they move 2,819,176 elements an image, 5.64 MB in half precision. con
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -24,6 +23,7 @@ import torch
 
 from googlenet_fused.bench.case import CLASSES, DTYPES, Case, numerics
 from googlenet_fused.bench.meters import last_cache_bytes
+from googlenet_fused.bench.timing import Summary
 from googlenet_fused.models.googlenet import STEM_WIDTH, VARIANTS, Variant, VariantName
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
 
@@ -206,33 +206,8 @@ def counts(case: Case) -> Counts:
     )
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A rate measured ``n`` times: the median and the 20th and 80th percentiles."""
-
-    median: float
-    p20: float
-    p80: float
-    n: int
-
-    @classmethod
-    def of(cls, rates: Sequence[float]) -> Rate:
-        """Summarises samples.
-
-        Raises:
-            ValueError: there are no samples.
-        """
-        if not rates:
-            raise ValueError("Rate.of: rates must hold at least one sample, got none")
-        deciles = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else [rates[0]] * 9
-        return cls(statistics.median(rates), deciles[1], deciles[7], len(rates))
-
-    def to_json(self) -> dict[str, float]:
-        return {"median": self.median, "p20": self.p20, "p80": self.p80, "n": self.n}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Rate:
-        return cls(float(data["median"]), float(data["p20"]), float(data["p80"]), int(data["n"]))
+class Rate(Summary):
+    """A rate measured ``n`` times, in the unit that its place says."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _judge_graph(name: str, run: Run, truth: _Truth | _TrueStep, meter: Meter, v
     """Judges a replay; a call that cannot be captured is not wrong for that, and the meter will say so."""
     try:
         replay = meter.replayed(run)
-    except Exception:
+    except Exception:  # whatever stops a capture stops the meter's too, which records it as the reason for the missing metric
         return
     if replay is not None:
         replay()

@@ -12,8 +12,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
@@ -24,34 +24,49 @@ K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds of ``n`` calls: the median and the 20th and 80th percentiles."""
+class Summary:
+    """Of ``n`` samples: the median and the 20th and 80th percentiles."""
 
     median: float
     p20: float
     p80: float
     n: int
-    ms: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def of(cls, ms: Sequence[float]) -> Timing:
-        """Summarises samples in milliseconds.
+    def of(cls, samples: Sequence[float]) -> Self:
+        """Summarises samples.
 
         Raises:
-            ValueError: there are no samples.
+            ValueError: there are none.
         """
-        if not ms:
-            raise ValueError("Timing.of: ms must hold at least one sample, got none")
-        deciles = statistics.quantiles(ms, n=10, method="inclusive") if len(ms) > 1 else [ms[0]] * 9
-        return cls(statistics.median(ms), deciles[1], deciles[7], len(ms), tuple(ms))
+        if not samples:
+            raise ValueError(f"{cls.__name__}.of: there must be at least one sample, got none")
+        deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else [samples[0]] * 9
+        return cls(statistics.median(samples), deciles[1], deciles[7], len(samples))
 
     def to_json(self) -> dict[str, float]:
         """The summary without the samples."""
         return {"median": self.median, "p20": self.p20, "p80": self.p80, "n": self.n}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Timing:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         return cls(data["median"], data["p20"], data["p80"], data["n"])
+
+
+@dataclass(frozen=True)
+class Timing(Summary):
+    """Milliseconds of ``n`` calls; ``ms`` holds them."""
+
+    ms: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Self:
+        """Summarises samples in milliseconds.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return replace(super().of(samples), ms=tuple(samples))
 
 
 @dataclass(frozen=True)
