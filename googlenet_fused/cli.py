@@ -394,6 +394,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     schedule = bench.Schedule(rounds=arguments.rounds)
     cases = [bench.Case(arguments.variant, batch, dtype) for batch in arguments.batch for dtype in arguments.dtype]
     rows: list[bench.Row] = []
+    not_run: list[str] = []
     with bench.torch_threads(arguments.threads):
         machine = bench.machine_description()
         with bench.progress_display("measuring") as show:
@@ -407,24 +408,28 @@ def _bench(arguments: argparse.Namespace) -> int:
                     backend = registry.select(arguments.backend, problem).name
                     workload, providers = bench.build_workload(case, device), bench.package_providers(backend)
                     rows += bench.measure(workload, providers, schedule, progress=progress)
-                except (bench.Unavailable, registry.BackendError) as error:
-                    raise CommandError(str(error)) from error
+                except (bench.Unavailable, registry.BackendError, torch.OutOfMemoryError) as error:
+                    not_run.append(f"{case} not run: {bench.first_line(error)}")  # the other cases' figures are kept
+    if not rows:
+        raise CommandError("; ".join(not_run))
 
     document = {"device": device.type, "machine": machine, "rows": [row.to_json() for row in rows]}
+    threads = f"{machine['cpu']}, {machine['threads']} torch thread{'s' if machine['threads'] != 1 else ''}"
+    where = machine["gpu"]["name"] if device.type == "cuda" else threads
     written = [output / "bench.json"]
     written[0].write_text(json.dumps(document, indent=2) + "\n")
     try:
-        threads = f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
-        title = f"GoogLeNet on {machine['gpu']['name'] if device.type == 'cuda' else threads}"
-        written.append(latency_chart(bench.latency_panels(rows), output / "bench.png", title))
+        written.append(latency_chart(bench.latency_panels(rows), output / "bench.png", f"GoogLeNet on {where}"))
     except ChartError as error:
         _say(f"warning: no chart: {error}")
     if arguments.json:
         print(json.dumps({**document, "files": [str(path) for path in written]}, indent=2))
     else:
-        bench.print_results(rows, machine["threads"], Console(highlight=False))
+        bench.print_results(rows, where, Console(highlight=False))
         print(f"wrote {' and '.join(map(str, written))}")
     bad = [row for row in rows if row.status != "ok"]
     for row in bad:
         _failed(f"{row.title} ({row.case}) is {row.status}: {row.reason}")
-    return CommandError.code if bad else 0
+    for reason in not_run:
+        _failed(reason)
+    return CommandError.code if bad or not_run else 0

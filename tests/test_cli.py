@@ -22,7 +22,7 @@ pytest.importorskip("skimage")
 
 from rich.console import Console
 
-from googlenet_fused import FusionMismatch, cli, demo, googlenet, use_backend
+from googlenet_fused import FusionMismatch, bench, cli, demo, googlenet, use_backend
 from googlenet_fused.backends import registry
 from googlenet_fused.bench import Timing
 from googlenet_fused.cli import main
@@ -326,6 +326,27 @@ def test_bench_writes_results_and_a_chart(capsys: pytest.CaptureFixture[str], tm
     assert all(row["timings"][metric]["n"] == 5 for row in document["rows"] for metric in ("wall", "wall_cold"))
     assert {Path(path).name for path in document["files"]} == {"bench.json", "bench.png"}
     assert all(Path(path).stat().st_size for path in document["files"])
+
+
+def test_bench_keeps_the_cases_that_were_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(workload: bench.Workload, *_: Any, **__: Any) -> list[bench.Row]:
+        if workload.case.batch > 1:
+            raise torch.OutOfMemoryError("tried to allocate too much\nsee the manual")
+        return [bench.Row(workload.case, bench.BASELINE, "PyTorch", "ok", timings={"wall": Timing(1.0, 1.0, 1.0, 1)})]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    arguments = ["bench", "--device", "cpu", "--output", str(tmp_path), "--json"]
+    assert main([*arguments, "--batch", "1", "2"]) == 1
+    captured = capsys.readouterr()
+    assert [row["case"]["batch"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [1]
+    said = "googlenet-fused: error: torchvision, batch 2, fp32 not run: tried to allocate too much"
+    assert captured.err.splitlines()[-1] == said
+    (tmp_path / "bench.json").unlink()
+    assert main([*arguments, "--batch", "2"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not (tmp_path / "bench.json").exists()
 
 
 @pytest.mark.parametrize("command", ["bench", "demo"])

@@ -79,8 +79,8 @@ def _speedup(row: Row) -> str:
     return f"{row.speedup[metric]:.2f}x" if metric in row.speedup else "–"
 
 
-def print_results(rows: Sequence[Row], threads: int, console: Console) -> None:
-    """Prints a table for each case, and under it why a provider has no time."""
+def print_results(rows: Sequence[Row], where: str, console: Console) -> None:
+    """Prints a table for each case, under it why a provider has no time, and last ``where`` it all ran."""
     from rich import box
     from rich.table import Table
 
@@ -104,6 +104,6 @@ def print_results(rows: Sequence[Row], threads: int, console: Console) -> None:
             if row.reason is not None:
                 console.print(f"{row.title}, {row.status}: {row.reason}\n", markup=False)
     console.print(
-        f"{threads} torch thread{'s' if threads > 1 else ''}. Speed-up: median against PyTorch in the same run. "
+        f"{where}. Speed-up: median against PyTorch in the same run. "
         "Error: the largest of the logits, against an fp64 run and relative to the largest logit."
     )
