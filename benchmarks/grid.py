@@ -43,7 +43,7 @@ class Selection:
 
 
 def cases(selection: Selection, device: str) -> Iterator[Case]:
-    """The cases of a selection, networks first and smaller batches before larger ones.
+    """The cases of a selection: by mode, then dtype, then batch, then subject, networks first.
 
     Raises:
         ValueError: a subject, batch or dtype is unknown, or the device cannot run it.

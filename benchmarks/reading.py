@@ -20,7 +20,7 @@ from googlenet_fused.spec import GOOGLENET_SPECS
 SCHEMA = 2
 OURS = "fused_"
 """What the names of this package's providers begin with."""
-PYTORCH_PEERS = ("channels_last", "compile_")
+PYTORCH_PEERS = ("channels_last", "compile_", "merged_cudnn")
 """What the names of the other ways of running PyTorch begin with; all further providers are other runtimes."""
 
 DEVICES = ("cpu", "cuda")
@@ -273,6 +273,11 @@ def headline(row: Row) -> str | None:
     """The metric that a row is judged by; ``None`` if it has no time."""
     metric = bench.headline(list(row["timings"]))
     return metric if metric in row["timings"] else None
+
+
+def row_percent(row: Row) -> float | None:
+    """% of the roofline."""
+    return None if row["roofline"] is None else row["roofline"]["percent"]
 
 
 def is_ours(provider: str) -> bool:

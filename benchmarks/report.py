@@ -19,8 +19,10 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.reading import ReportError, Result, Row, by_machine, case_of, headline, one, read, read_file
-from benchmarks.tables import SECTIONS, facts, markers, page, page_name, row_percent, section
+from benchmarks.reading import ReportError, Result, Row, by_machine, case_of, headline, one, read, read_file, row_percent
+from benchmarks.tables.page import page, page_name
+from benchmarks.tables.readme import SECTIONS, markers, section
+from benchmarks.tables.remarks import facts
 from googlenet_fused.bench import METRICS
 from googlenet_fused.charts import ChartError
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS

@@ -17,6 +17,7 @@ import torch
 from benchmarks.reading import SCHEMA
 from benchmarks.roofline import Ceilings, counts, floor_ms, percent
 from googlenet_fused import __version__, bench, info
+from googlenet_fused.bench import Case
 
 FOLDER = Path(__file__).parent / "results"
 RUNTIMES = ("torch", "torchvision", "triton", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "torch_tensorrt")
@@ -148,6 +149,14 @@ def add_rows(result: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     result["not_run"] = [entry for entry in result["not_run"] if entry["case"] not in again]
 
 
+def add_not_run(result: dict[str, Any], cases: Sequence[Case], reason: str) -> None:
+    """Records why cases have no rows, in place of any earlier reason; a case that has rows is left as it is."""
+    left = [asdict(case) for case in cases]
+    done = [row["case"] for row in result["rows"]]
+    result["not_run"] = [entry for entry in result["not_run"] if entry["case"] not in left]
+    result["not_run"] += [{"case": case, "reason": reason} for case in left if case not in done]
+
+
 def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several results of one run as one, later ones over earlier ones.
 
@@ -160,8 +169,8 @@ def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for result in results[1:]:
         check_same_run(merged, result)
         add_rows(merged, result["rows"])
-        measured = [row["case"] for row in merged["rows"]]
-        merged["not_run"] = [entry for entry in [*merged["not_run"], *result["not_run"]] if entry["case"] not in measured]
+        for entry in result["not_run"]:
+            add_not_run(merged, [Case(**entry["case"])], entry["reason"])
         merged["clocks"] = [*merged["clocks"], *result["clocks"]]
         add_ceilings(merged, Ceilings.from_json(result["ceilings"]))
     return merged

@@ -32,6 +32,9 @@ BUSY_LOAD = 0.5
 SECONDS = {"cpu": {"module": 5.0, "net": 30.0}, "cuda": {"module": 2.0, "net": 4.0}}
 """How long the providers of one case take turns, about."""
 
+SAID: dict[str, str] = {"wrong": "is wrong", "failed": "failed"}
+"""What is said of a row that makes the run itself fail, by its status."""
+
 INPUT = "seeded normal noise; weights, biases and statistics seeded and randomised"
 
 
@@ -75,9 +78,8 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
         for at, case in enumerate(plan.cases):
             if plan.budget is not None and time.monotonic() - start > plan.budget:
                 reason = f"the time budget of {plan.budget:g} s was spent"
-                done = [row["case"] for row in result["rows"]]
-                left = [asdict(case) for case in plan.cases[at:]]
-                result["not_run"] += [{"case": case, "reason": reason} for case in left if case not in done]
+                left = plan.cases[at:]
+                results.add_not_run(result, left, reason)
                 say(f"{len(left)} of {len(plan.cases)} cases not run: {reason}")
                 break
 
@@ -90,7 +92,7 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
                 workload = bench.build_workload(case, plan.device)
                 found = bench.measure(workload, plan.providers, plan.schedule(case), progress=progress)
             except Exception as error:  # one case must not cost the others, whatever a runtime raises
-                result["not_run"].append({"case": asdict(case), "reason": bench.first_line(error)})
+                results.add_not_run(result, [case], bench.first_line(error))
                 say(f"{case}: not run: {bench.first_line(error)}")
                 broken += not isinstance(error, bench.Unavailable | torch.OutOfMemoryError)
             else:
@@ -112,17 +114,16 @@ def one_line(case: Case, rows: Sequence[Row], seconds: float) -> str:
     """What came of a case, in short: ours and the fastest other, and who is wrong."""
     timed = [row for row in rows if row.timing is not None]
     parts = []
-    for title, group in (("ours", [r for r in timed if ours(r)]), ("others", [r for r in timed if not ours(r)])):
+    for title, group in (
+        ("ours", [r for r in timed if reading.is_ours(r.provider)]),
+        ("others", [r for r in timed if not reading.is_ours(r.provider)]),
+    ):
         if group:
             best = min(group, key=lambda row: row.timing.median if row.timing else float("inf"))
             assert best.timing is not None
             parts.append(f"{best.title} {best.timing.median:.4g} ms" + ("" if title == "ours" else " the fastest other"))
-    parts += [f"{row.title} is wrong: {row.reason}" for row in rows if row.status == "wrong"]
+    parts += [f"{row.title} {SAID[row.status]}: {row.reason}" for row in rows if row.status in SAID]
     return f"{case}: {'; '.join(parts)} ({seconds:.0f} s)"
-
-
-def ours(row: Row) -> bool:
-    return row.provider.startswith("fused_")
 
 
 def say(text: str) -> None:
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unfinished != final:
         unfinished.replace(final)
     print(f"wrote {final}")
-    return 1 if broken or any(row.status == "wrong" for row in rows) else 0
+    return 1 if broken or any(row.status in SAID for row in rows) else 0
 
 
 if __name__ == "__main__":

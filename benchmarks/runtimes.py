@@ -128,6 +128,10 @@ def torch_tensorrt(workload: Workload) -> Bind:
     x = workload.input(seed=0)
     with torch.inference_mode(False), torch.no_grad():
         model = library.compile(
-            copy.deepcopy(workload.model), ir="dynamo", inputs=[x.clone()], enabled_precisions={DTYPES[workload.case.dtype]}
+            copy.deepcopy(workload.model),
+            ir="dynamo",
+            inputs=[x.clone()],
+            enabled_precisions={DTYPES[workload.case.dtype]},
+            disable_tf32=workload.case.dtype != "tf32",
         )
     return lambda x: lambda: model(x)

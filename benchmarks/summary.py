@@ -78,7 +78,7 @@ def _key(case: Mapping[str, Any]) -> Key:
 def duels(results: Mapping[str, Any]) -> list[Duel]:
     """Every case of a result file in which both sides have a time by one metric, in the file's order.
 
-    Rows that are wrong or unavailable take no part, whatever times they carry.
+    Only rows that are ok take part, whatever times they carry.
     """
     cases: dict[Key, list[Mapping[str, Any]]] = {}
     for row in results["rows"]:
@@ -126,18 +126,20 @@ def _table(contests: Sequence[Duel]) -> Iterator[str]:
 
 
 def result_lines(results: Mapping[str, Any]) -> list[str]:
-    """Ours against the fastest other provider, what was wrong, what was not there and what was not run."""
+    """Ours against the fastest other provider, what was wrong or failed, what was not there and what was not run."""
     rows: Sequence[Mapping[str, Any]] = results["rows"]
     cases = len({_key(row["case"]) for row in rows})
     git = results.get("git") or {}
     commit = f", commit {str(git['commit'])[:9]}{', changed since' if git.get('dirty') else ''}" if git.get("commit") else ""
     lines = [f"results: {cases} {'case' if cases == 1 else 'cases'}, {len(rows)} rows{commit}"]
-    wrong = [row for row in rows if row["status"] == "wrong"]
-    for row in wrong[:NAMED]:
-        subject, batch, dtype, mode, _ = _key(row["case"])
-        lines.append(f"  WRONG: {row['provider']} on {subject}, batch {batch}, {dtype}, {mode}: {row.get('reason')}")
-    if len(wrong) > NAMED:
-        lines.append(f"  WRONG: {len(wrong) - NAMED} more rows")
+    for status in ("wrong", "failed"):
+        bad = [row for row in rows if row["status"] == status]
+        for row in bad[:NAMED]:
+            subject, batch, dtype, mode, _ = _key(row["case"])
+            where = f"{row['provider']} on {subject}, batch {batch}, {dtype}, {mode}"
+            lines.append(f"  {status.upper()}: {where}: {row.get('reason')}")
+        if len(bad) > NAMED:
+            lines.append(f"  {status.upper()}: {len(bad) - NAMED} more rows")
     contests = duels(results)
     if contests:
         metrics = _names(duel.metric for duel in contests)

@@ -103,9 +103,9 @@ def test_only_providers_that_agree_get_a_time(workload: Workload) -> None:
         "off": "wrong",
         "stale": "wrong",
         "nan": "wrong",
-        "crashing": "wrong",
+        "crashing": "failed",
         "missing": "unavailable",
-        "broken": "wrong",
+        "broken": "failed",
     }
     by_name = {row.provider: row for row in rows}
     assert by_name[BASELINE].speedup == {"wall": 1.0, "wall_cold": 1.0}
@@ -130,7 +130,7 @@ def test_a_provider_that_breaks_while_it_is_timed_costs_nobody_else(workload: Wo
     assert right.status == "ok"
     assert right.timing is not None
     assert right.timing.n == 9
-    assert (broken.status, broken.reason, broken.timings) == ("wrong", "out of memory: no more", {})
+    assert (broken.status, broken.reason, broken.timings) == ("failed", "out of memory: no more", {})
 
 
 def test_an_element_that_is_never_written_shows(workload: Workload) -> None:
@@ -177,7 +177,9 @@ def test_a_graph_that_writes_nothing_is_wrong(workload: Workload, works: bool, f
     with torch.inference_mode():
         verdicts = judge_all(workload, [(other, other.build(workload)) for other in others], meter)
     assert list(verdicts.failures) == failures, verdicts.failures
-    assert all(text.startswith("in a CUDA graph it disagrees") for text in verdicts.failures.values())
+    for status, reason in verdicts.failures.values():
+        assert status == "wrong"
+        assert reason.startswith("in a CUDA graph it disagrees")
 
 
 def test_nothing_is_measured_without_the_baseline(workload: Workload) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import torch.nn.functional as F
 from cases import BATCHES, GOOGLENET_MODULES, assert_agrees, message_of
 from torch import Tensor, nn
 
-from benchmarks import grid, reading, results, run
+from benchmarks import grid, reading, results, run, summary
 from benchmarks.providers import CUDA_ONLY, all_providers, compiled, lineup, merged, merged_cudnn, torchvision_eager
 from benchmarks.runtimes import onnx_runtime, openvino, tensorrt, torch_tensorrt
 from googlenet_fused import bench
 from googlenet_fused.backends import registry
-from googlenet_fused.bench import BASELINE, Case, Provider, Row, Schedule, Timing, Unavailable, Workload, build_workload
+from googlenet_fused.bench import BASELINE, Case, Provider, Row, Schedule, Status, Timing, Unavailable, Workload, build_workload
 
+ROOT = Path(__file__).parents[1]
 QUICK = Schedule(rounds=1, calls=1, warmup=0, settle=0.0)
 
 
@@ -266,14 +269,15 @@ def test_a_compiler_with_graphs_of_its_own_passes_the_gate(mode: Any) -> None:
     assert [row.status for row in rows] == ["ok", "ok"], rows[1].reason
 
 
-def test_a_wrong_provider_makes_the_run_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", ["wrong", "failed"])
+def test_a_wrong_provider_makes_the_run_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status) -> None:
     def measure(workload: Workload, *_: Any, **__: Any) -> list[Row]:
-        return [tiny_row(BASELINE, workload.case), tiny_row("fused_cpu", workload.case, status="wrong")]
+        return [tiny_row(BASELINE, workload.case), tiny_row("fused_cpu", workload.case, status=status)]
 
     monkeypatch.setattr(bench, "measure", measure)
     assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(tmp_path)]) == 1
     (path,) = tmp_path.iterdir()
-    assert [row["status"] for row in reading.read_file(path).rows] == ["ok", "wrong"]
+    assert [row["status"] for row in reading.read_file(path).rows] == ["ok", status]
 
 
 @pytest.mark.slow
@@ -394,7 +398,32 @@ def test_clocks_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Mon
     assert results.read_clocks() is None
 
 
-def test_one_line_says_who_is_wrong() -> None:
+@pytest.mark.parametrize(("status", "said"), [("wrong", "is wrong"), ("failed", "failed")])
+def test_one_line_says_who_is_wrong(status: Status, said: str) -> None:
     case = Case("5a")
-    line = run.one_line(case, [tiny_row(BASELINE, case, 4.0), tiny_row("fused_cpu", case, status="wrong")], 3.2)
-    assert line == "5a, batch 1, fp32: eager 4 ms the fastest other; fused_cpu is wrong: a reason (3 s)"
+    line = run.one_line(case, [tiny_row(BASELINE, case, 4.0), tiny_row("fused_cpu", case, status=status)], 3.2)
+    assert line == f"5a, batch 1, fp32: eager 4 ms the fastest other; fused_cpu {said}: a reason (3 s)"
+
+
+def test_a_case_that_is_not_run_is_recorded_once_with_its_last_reason() -> None:
+    first, second, third = Case("5a"), Case("5b"), Case("4e")
+    result: dict[str, Any] = {"rows": [{"case": asdict(third)}], "not_run": []}
+    results.add_not_run(result, [first, second], "no time")
+    results.add_not_run(result, [second, third], "no memory")
+    assert [(entry["case"]["subject"], entry["reason"]) for entry in result["not_run"]] == [
+        ("5a", "no time"),
+        ("5b", "no memory"),
+    ]
+
+
+def test_providers_are_classed_alike_everywhere() -> None:
+    """summary.py and e3_peers.py import nothing of the package, so that they run where it does not."""
+    specification = importlib.util.spec_from_file_location("e3_peers", ROOT / "benchmarks/probes/e3_peers.py")
+    assert specification is not None
+    assert specification.loader is not None
+    e3_peers = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(e3_peers)
+    for name in (provider.name for provider in all_providers()):
+        assert e3_peers.is_pytorch(name) == (name == BASELINE or reading.is_pytorch_peer(name)), name
+    assert (reading.OURS, reading.HEADLINES, tuple(bench.NETWORKS)) == (summary.OURS, summary.HEADLINES, summary.NETWORKS)
+    assert e3_peers.SCHEMA == reading.SCHEMA

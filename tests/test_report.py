@@ -15,8 +15,14 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import plots, reading, report, tables
+from benchmarks import plots, reading, report
+from benchmarks.plots.batch import batch_panels
+from benchmarks.plots.labels import Box, spread_apart
+from benchmarks.plots.roofline import FEWEST_POINTS, draw_roofline, roofline_panels
+from benchmarks.plots.speedup import MEAN, speedup_panels
 from benchmarks.reading import ReportError, Result
+from benchmarks.tables.page import page
+from benchmarks.tables.readme import machine_part, markers, section
 
 TITLES = {
     "eager": "PyTorch",
@@ -32,6 +38,7 @@ TITLES = {
 FLOPS, BYTES, FLOOR = 6_000_000_000, 40_000_000, 4.0
 REFUSED = "it has no such | convolution"
 DISAGREES = "disagrees: largest 1e-2"
+BREAKS = "out of memory: no more"
 BUDGET = "the time budget of 300 s was spent"
 
 Data = dict[str, Any]
@@ -52,7 +59,7 @@ def rows(of: Data, medians: Mapping[str, float | str | Mapping[str, float]], **c
     for provider, value in times.items():
         measured = {} if isinstance(value, str) else value
         headline = measured.get("graph", measured.get("wall"))
-        status = "ok" if measured else "wrong" if value == DISAGREES else "unavailable"
+        status = "ok" if measured else {DISAGREES: "wrong", BREAKS: "failed"}.get(value, "unavailable")
         found.append(
             {
                 "case": dict(of),
@@ -141,7 +148,11 @@ def cpu_run() -> Data:
                 }
                 | {"eager": {"wall": 320.0, "wall_cold": 330.0}},
             ),
-            *rows(case(dtype="bf16"), {"eager": 30.0, "onnxruntime": REFUSED, "fused_cpu": 12.0}, max_error=2e-3),
+            *rows(
+                case(dtype="bf16"),
+                {"eager": 30.0, "channels_last": BREAKS, "onnxruntime": REFUSED, "fused_cpu": 12.0},
+                max_error=2e-3,
+            ),
             *rows(case(dtype="fp16"), {"eager": 31.0, "fused_cpu": 15.5}),
             *rows(case("bvlc"), {"eager": 50.0, "fused_cpu": 25.0}),
             *rows(
@@ -189,7 +200,7 @@ def result(data: Data, name: str = "cpu-x.json") -> Result:
 
 
 def cpu_tables(data: Data | None = None) -> str:
-    return tables.tables([result(data or cpu_run())])
+    return machine_part([result(data or cpu_run())])
 
 
 def line_of(text: str, *beginnings: str) -> str:
@@ -212,8 +223,14 @@ def test_a_network_table_has_providers_down_and_batches_across() -> None:
     assert ours.endswith("| **16.0** (14.4–19.2) **2.50x**, 25 % | **128** (115–154) **2.50x**, 3.1 % |")
 
 
+def test_a_failure_is_neither_a_wrong_result_nor_a_provider_that_is_not_there() -> None:
+    text = cpu_tables()
+    assert line_of(text, "torchvision, bf16, 224x224", "PyTorch, channels_last") == "| PyTorch, channels_last | failed |"
+    assert f"- PyTorch, channels_last, failed on torchvision, batch 1, bf16: {BREAKS}\n" in text
+
+
 def test_a_gpu_table_has_graph_and_wall_times() -> None:
-    text = tables.tables([result(cuda_run(), "cuda-x.json")])
+    text = machine_part([result(cuda_run(), "cuda-x.json")])
     corner = "torchvision, fp16, 224x224"
     assert line_of(text, corner, "PyTorch") == "| PyTorch | 1.00 (0.90–1.20), 400 %<br>wall 2.00 |"
     assert line_of(text, corner, "torch.compile, reduce-overhead").endswith(
@@ -235,7 +252,7 @@ def test_a_module_table_compares_ours_with_the_fastest_of_each_kind() -> None:
 
 
 def test_a_provider_without_a_graph_is_compared_by_wall_time_and_not_passed_over() -> None:
-    text = tables.tables([result(cuda_run(), "cuda-x.json")])
+    text = machine_part([result(cuda_run(), "cuda-x.json")])
     assert line_of(text, "fp16", "3a").endswith("**3.00x**, 20000 %<br>0.50x torch.compile, reduce-overhead (wall) |")
 
 
@@ -271,7 +288,7 @@ def test_many_cases_that_were_not_run_are_counted_and_the_page_names_them() -> N
     data = cpu_run()
     data["not_run"] = [{"case": case("4a", batch), "reason": BUDGET} for batch in (1, 2, 4, 8)]
     assert f"- {BUDGET}: 4 cases, the first 4a, batch 1, fp32" in cpu_tables(data)
-    assert "4a, batch 1, fp32; 4a, batch 2, fp32; 4a, batch 4" in tables.page([result(data)])
+    assert "4a, batch 1, fp32; 4a, batch 2, fp32; 4a, batch 4" in page([result(data)])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +310,7 @@ def test_the_heading_says_on_what_and_of_what_commit(changes: Data, said: str) -
 @pytest.mark.parametrize("make", [cpu_run, cuda_run])
 def test_every_row_of_the_page_has_its_percentage(make: Callable[[], Data]) -> None:
     data = make()
-    text = tables.page([result(data)])
+    text = page([result(data)])
     header: list[str] = []
     percentages = []
     for line in text[: text.index("## What the rooflines are")].splitlines():
@@ -308,7 +325,7 @@ def test_every_row_of_the_page_has_its_percentage(make: Callable[[], Data]) -> N
 
 
 def test_the_page_has_every_metric() -> None:
-    text = tables.page([result(cpu_run())])
+    text = page([result(cpu_run())])
     cells = "128 (115–154) 2.50x | 150 2.20x | 50 | 3.1 % | 3.0e-07 | 2.0e-07 | –"
     assert f"| 8 | **googlenet_fused, cpu** | {cells} |" in text
     assert "| 8 | googlenet_fused, reference | wrong |" in text
@@ -319,7 +336,7 @@ def test_the_page_has_every_metric() -> None:
 def test_a_row_without_a_ceiling_says_so() -> None:
     data = cpu_run()
     data["rows"][0]["roofline"]["percent"] = None
-    assert "| 1 | PyTorch | 40.0 (36.0–48.0) | – | 50 | no ceiling |" in tables.page([result(data)])
+    assert "| 1 | PyTorch | 40.0 (36.0–48.0) | – | 50 | no ceiling |" in page([result(data)])
     assert "| PyTorch | 40.0 (36.0–48.0) | 320" in cpu_tables(data)
 
 
@@ -331,7 +348,7 @@ def test_text_of_others_does_not_break_a_table() -> None:
     assert r"| a\|b \<c> \*d\* | 10.0 (9.0–12.0) 4.00x, 40 % |" in cpu_tables(data)
 
 
-@pytest.mark.parametrize("make", [tables.tables, tables.page])
+@pytest.mark.parametrize("make", [machine_part, page])
 def test_two_machines_are_refused(make: Callable[[list[Result]], str]) -> None:
     other = cpu_run()
     other["machine"]["threads"] = 4
@@ -345,7 +362,7 @@ def test_two_machines_are_refused(make: Callable[[list[Result]], str]) -> None:
 
 def test_two_files_of_one_machine_are_merged_for_its_tables() -> None:
     other = cpu_run() | {"rows": rows(case("5b"), {"eager": 3.0, "fused_cpu": 1.0}), "not_run": []}
-    text = tables.tables([result(cpu_run()), result(other, "cpu-y.json")])
+    text = machine_part([result(cpu_run()), result(other, "cpu-y.json")])
     assert "| 3b | **8.00**" in text
     assert "| 5b | **1.00** **3.00x**" in text
 
@@ -362,7 +379,7 @@ def test_two_files_of_one_machine_are_merged_for_its_tables() -> None:
 def test_ours_is_what_auto_chooses_and_not_the_fastest(settings: Data, ours: str) -> None:
     of = result(cuda_run() | {"settings": settings}, "cuda-x.json")
     assert reading.our_provider(of) == ours
-    text = tables.tables([of])
+    text = machine_part([of])
     assert f"| **{TITLES[ours]}** |" in text
     others = {"fused_triton", "fused_cuda"} - {ours}
     assert not any(f"**{TITLES[name]}**" in text for name in others)
@@ -375,7 +392,7 @@ def test_a_run_without_ours_is_shown_all_the_same() -> None:
 
 
 def test_what_was_not_measured_is_said_and_never_estimated() -> None:
-    text = tables.section([result(cpu_run())], "cuda")
+    text = section([result(cpu_run())], "cuda")
     assert text.startswith("<!-- results:gpu:begin -->\n")
     assert text.endswith("\n<!-- results:gpu:end -->")
     assert "**No GPU figures yet.**" in text
@@ -391,14 +408,14 @@ def test_what_was_not_measured_is_said_and_never_estimated() -> None:
 
 
 def test_tables_that_wait_for_figures_are_named() -> None:
-    text = tables.section([result(cuda_run(), "cuda-x.json")], "cuda")
+    text = section([result(cuda_run(), "cuda-x.json")], "cuda")
     missing = text[text.index("No GPU figures yet for:") :]
     assert "the training step" in missing
     assert "bvlc" in missing
     assert "the modules 3b, 4a, 4b, 4c, 4d, 4e, 5a, 5b, inference" in missing
     assert "torchvision" not in missing
     unavailable = run("cuda", rows(case("bvlc"), {"eager": REFUSED}))
-    assert "bvlc variant" in tables.section([result(unavailable, "cuda-y.json")], "cuda")
+    assert "bvlc variant" in section([result(unavailable, "cuda-y.json")], "cuda")
 
 
 def lines_of_csv(data: Data) -> list[dict[str, str]]:
@@ -457,10 +474,10 @@ def test_the_host_time_is_a_column() -> None:
 
 
 def test_the_speedup_chart_has_a_bar_for_each_provider_and_module() -> None:
-    panels = plots.speedup_panels(result(cpu_run()))
+    panels = speedup_panels(result(cpu_run()))
     assert [(panel.dtype, panel.batch) for panel in panels] == [("fp32", 1), ("fp32", 8)]
     first = panels[0]
-    assert first.places == ["3a", "3b", plots.MEAN]
+    assert first.places == ["3a", "3b", MEAN]
     by_name = {series.provider: series.values for series in first.series}
     assert "eager" not in by_name
     assert [value and pytest.approx(value.value) for value in by_name["fused_cpu"]] == [4.0, 1.0, 2.0]
@@ -472,12 +489,12 @@ def test_the_speedup_chart_has_a_bar_for_each_provider_and_module() -> None:
 
 def test_charts_show_the_smallest_and_the_largest_batch() -> None:
     data = run("cpu", [row for b in (2, 4, 8) for row in rows(case("3a", b), {"eager": 2.0 * b, "fused_cpu": 1.0 * b})])
-    assert [panel.batch for panel in plots.speedup_panels(result(data))] == [2, 8]
-    assert [panel.batch for panel in plots.roofline_panels(result(data))] == [2, 8]
+    assert [panel.batch for panel in speedup_panels(result(data))] == [2, 8]
+    assert [panel.batch for panel in roofline_panels(result(data))] == [2, 8]
 
 
 def test_the_roofline_chart_has_ours_and_plain_pytorch_below_the_ceilings_of_the_run() -> None:
-    panels = {(panel.dtype, panel.batch): panel for panel in plots.roofline_panels(result(cpu_run()))}
+    panels = {(panel.dtype, panel.batch): panel for panel in roofline_panels(result(cpu_run()))}
     panel = panels["fp32", 1]
     assert (panel.copy, panel.matmul) == (20.0, 1.6)
     points = {point.label: point for point in panel.points}
@@ -485,11 +502,27 @@ def test_the_roofline_chart_has_ours_and_plain_pytorch_below_the_ceilings_of_the
     assert points["torchvision"].intensity == FLOPS / BYTES
     assert points["torchvision"].ours == pytest.approx(6.0 / 16.0)
     assert points["torchvision"].baseline == pytest.approx(6.0 / 40.0)
-    assert panels["fp16", 1].matmul is None, "no product was measured in it"
+    (fp16,) = roofline_panels(result(run("cpu", rows(case(dtype="fp16"), {"eager": 31.0, "fused_cpu": 15.5}))))
+    assert fp16.matmul is None, "no product was measured in it"
+
+
+def test_the_roofline_chart_leaves_out_panels_of_few_points() -> None:
+    def measured(batch: int, subjects: int, dtype: str = "fp32") -> list[Data]:
+        names = reading.MODULES[:subjects]
+        return [row for name in names for row in rows(case(name, batch, dtype), {"eager": 2.0, "fused_cpu": 1.0})]
+
+    def shown(*measurements: list[Data]) -> list[tuple[str, int]]:
+        panels = roofline_panels(result(run("cpu", [row for part in measurements for row in part])))
+        return [(panel.dtype, panel.batch) for panel in panels]
+
+    enough = [measured(batch, FEWEST_POINTS) for batch in (1, 4, 8)]
+    few = [measured(32, FEWEST_POINTS - 1), measured(1, 1, "bf16")]
+    assert shown(*enough, *few) == [("fp32", 1), ("fp32", 8)], "8 is the largest batch of those worth a look"
+    assert shown(*few) == [("fp32", 32), ("bf16", 1)], "there is nothing better"
 
 
 def test_the_batch_chart_has_a_line_for_each_provider() -> None:
-    (panel,) = plots.batch_panels(result(cpu_run()))
+    (panel,) = batch_panels(result(cpu_run()))
     assert (panel.subject, panel.dtype, panel.batches) == ("torchvision", "fp32", [1, 8])
     values = {series.title: [value and value.value for value in series.values] for series in panel.series}
     assert values["googlenet_fused, cpu"] == [16.0, 16.0]
@@ -507,7 +540,7 @@ def test_the_batch_chart_has_a_line_for_each_provider() -> None:
     ],
 )
 def test_labels_move_apart_and_stay_beside_the_axes(places: list[float], moved: list[float]) -> None:
-    assert plots.spread_apart(places, 0.1) == pytest.approx(moved)
+    assert spread_apart(places, 0.1) == pytest.approx(moved)
 
 
 @pytest.mark.parametrize("chart", plots.CHARTS, ids=lambda chart: chart.name)
@@ -539,15 +572,15 @@ def test_labels_of_the_roofline_cover_neither_points_nor_each_other(tmp_path: Pa
     from matplotlib.text import Text
 
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save_small", lambda figure, path, _: figures.append(figure) or path)
-    plots.draw_roofline(result(data), tmp_path / "c.png")
+    monkeypatch.setattr("benchmarks.plots.roofline.save_small", lambda figure, path, _: figures.append(figure) or path)
+    draw_roofline(result(data), tmp_path / "c.png")
     figures[0].canvas.draw()
     (axes,) = (axes for axes in figures[0].axes if axes.get_title())
     labels = [text for text in axes.texts if text.get_text() in subjects]
     assert len(labels) == len(subjects)
-    boxes = [plots._Box(*Text.get_window_extent(label).extents) for label in labels]  # a label's own would hold its leader
+    boxes = [Box(*Text.get_window_extent(label).extents) for label in labels]  # a label's own would hold its leader
     points = [place for cloud in axes.collections for place in axes.transData.transform(cloud.get_offsets())]
-    marks = [plots._around(place, 3, 3) for place in points]
+    marks = [Box.around(place, 3, 3) for place in points]
     assert len(marks) == 2 * len(subjects)
     covered = [a.overlap(b) for number, a in enumerate(boxes) for b in [*boxes[:number], *marks]]
     assert max(covered) < 10, "square pixels"
@@ -557,7 +590,7 @@ def test_a_result_without_modules_or_batches_has_fewer_charts() -> None:
     networks = result(run("cpu", rows(case(), {"eager": 40.0, "fused_cpu": 16.0})))
     assert [chart.name for chart in plots.charts_of(networks)] == ["roofline"]
     assert plots.charts_of(result(run("cpu", []))) == []
-    assert ".png" not in tables.tables([result(run("cpu", []))])
+    assert ".png" not in machine_part([result(run("cpu", []))])
 
 
 @pytest.fixture
@@ -565,7 +598,7 @@ def root(tmp_path: Path) -> Path:
     """A repository with a README and one small result."""
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
-    sections = [f"{begin}\nold\n{end}" for begin, end in map(tables.markers, ("cpu", "cuda"))]
+    sections = [f"{begin}\nold\n{end}" for begin, end in map(markers, ("cpu", "cuda"))]
     tmp_path.joinpath("README.md").write_text("# Title\n\n{}\n\nBetween\n\n{}\n\nTail\n".format(*sections))
     small = run("cpu", rows(case("3a"), {"eager": 2.0, "fused_cpu": 0.5}))
     folder.joinpath("cpu-x.json").write_text(json.dumps(small))
@@ -693,7 +726,7 @@ BAD = {
     changed("rows", 0, to=[]): "rows[0] must be an object, got list",
     changed("rows", 1, "case", "subject", to="6a"): "rows[1].case.subject must be one of torchvision, bvlc, 3a",
     changed("rows", 1, "case", "batch", to=True): "rows[1].case.batch must be number, got True",
-    changed("rows", 0, "status", to="fine"): "rows[0].status must be one of ok, wrong, unavailable, got 'fine'",
+    changed("rows", 0, "status", to="fine"): f"rows[0].status must be one of {', '.join(reading.STATUSES)}, got 'fine'",
     changed("rows", 0, "timings", "wall", "median", to=float("nan")): "rows[0].timings.wall.median must be positive and finite",
     changed("rows", 0, "timings", "wall", "p80", to=1.0): "rows[0].timings.wall.median must lie between p20 and p80",
     changed(
@@ -726,9 +759,9 @@ def test_a_bad_result_is_named_with_its_fault(
 @pytest.mark.parametrize("text", ["no markers", "{end} {begin}", "{begin} {begin} {end}"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_readme_without_markers_is_refused(root: Path, capsys: pytest.CaptureFixture[str], device: str, text: str) -> None:
-    begin, end = tables.markers(device)
+    begin, end = markers(device)
     other = {"cpu": "cuda", "cuda": "cpu"}[device]
-    (root / "README.md").write_text(text.format(begin=begin, end=end) + " ".join(tables.markers(other)))
+    (root / "README.md").write_text(text.format(begin=begin, end=end) + " ".join(markers(other)))
     assert report.main([], root) == 1
     assert capsys.readouterr().err == f"benchmarks.report: error: README.md must hold {begin} and, after it, {end}, once each\n"
     (root / "README.md").unlink()

@@ -16,13 +16,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from googlenet_fused.bench.case import DTYPES, Workload, numerics
 from googlenet_fused.bench.meters import Meter, failure, first_line
-from googlenet_fused.bench.provider import Bind, Provider, Run, TrainingStep, Unavailable, channels_last
+from googlenet_fused.bench.provider import Bind, Provider, Run, TrainingStep, Unavailable, WrongResult, channels_last
 from googlenet_fused.tolerance import PEER_FACTOR, Comparison, References, compare, references
 
 Gradients = Mapping[str, Tensor]
@@ -33,17 +34,24 @@ MOST_PEER_ERROR = 0.2  # twice that and a gradient halved, 0.5 off, is still fou
 LAYERS = 58  # convolutions and the linear layer of GoogLeNet
 
 
+class Failure(NamedTuple):
+    """Why a provider did not pass: its result is wrong, or it ended in an error."""
+
+    status: Literal["wrong", "failed"]
+    reason: str
+
+
 @dataclass
 class Verdicts:
-    """The worst comparison of each provider, by name, and why some fail."""
+    """The worst comparison of each provider, by name, and why some did not pass."""
 
     worst: dict[str, Comparison] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
 
     def add(self, name: str, comparison: Comparison, where: str = "") -> None:
         self.worst[name] = max(self.worst.get(name, comparison), comparison, key=lambda c: c.max_error)
         if not comparison.ok and name not in self.failures:
-            self.failures[name] = where + str(comparison)
+            self.failures[name] = Failure("wrong", where + str(comparison))
 
 
 def judge_all(workload: Workload, bound: Sequence[tuple[Provider, Bind]], meter: Meter) -> Verdicts:
@@ -68,8 +76,10 @@ def judge_all(workload: Workload, bound: Sequence[tuple[Provider, Bind]], meter:
                     verdicts.add(provider.name, truth.judge(run))
                     if seed == FRESH_INPUTS and not provider.own_graph:
                         _judge_graph(provider.name, run, truth, meter, verdicts)
-            except Exception as error:  # whatever a provider does wrong is its own result, and the others go on
-                verdicts.failures[provider.name] = failure(error)
+            except WrongResult as fault:
+                verdicts.failures[provider.name] = Failure("wrong", str(fault))
+            except Exception as error:  # a provider that breaks is its own result, and the others go on
+                verdicts.failures[provider.name] = Failure("failed", failure(error))
     return verdicts
 
 
@@ -179,11 +189,11 @@ def _errors(found: Gradients, exact: Gradients) -> dict[str, float]:
     """Root mean square error of each parameter's gradient, relative to the true root mean square.
 
     Raises:
-        ValueError: there is a gradient too many or too few.
+        WrongResult: there is a gradient too many or too few.
     """
     if found.keys() != exact.keys():
         odd = sorted(found.keys() ^ exact.keys())
-        raise ValueError(f"gradients must be of the plain model's parameters; of one model only: {', '.join(odd)}")
+        raise WrongResult(f"gradients must be of the plain model's parameters; of one model only: {', '.join(odd)}")
     return {name: _rms(found[name].double() - true) / max(_rms(true), 1e-300) for name, true in exact.items()}
 
 

@@ -16,7 +16,8 @@ from googlenet_fused.bench.meters import METRICS, Meter, failure, first_line, he
 from googlenet_fused.bench.provider import BASELINE, Bind, Provider, Unavailable
 from googlenet_fused.bench.timing import Schedule, Timing, Turn, take_turns
 
-Status = Literal["ok", "wrong", "unavailable"]
+Status = Literal["ok", "wrong", "failed", "unavailable"]
+"""Timed; off the true result; ended in an error; cannot run here."""
 Progress = Callable[[str, float], None]
 """Told what is being done and how much of the case is done, from 0 to 1."""
 
@@ -120,7 +121,7 @@ def measure(
         verdicts = judge_all(workload, [(entry.provider, entry.bind) for entry in entries if entry.bind], meter)
         for entry in entries:
             if entry.provider.name in verdicts.failures:
-                entry.failed("wrong", verdicts.failures[entry.provider.name])
+                entry.failed(*verdicts.failures[entry.provider.name])
         timings = _time(entries, workload, schedule, meter, progress)
     rows = []
     baseline = timings.get(BASELINE, {})
@@ -163,7 +164,7 @@ def _build(entry: _Entry, workload: Workload, meter: Meter) -> None:
     except Exception as error:  # a provider that breaks is its own result, and the others go on
         if entry.provider.name == BASELINE:
             raise Unavailable(f"plain PyTorch cannot run {workload.case} here: {first_line(error)}") from error
-        entry.failed("wrong", failure(error))
+        entry.failed("failed", failure(error))
 
 
 def _time(
@@ -181,7 +182,7 @@ def _time(
             with provider.settings():
                 own, missing = meter.turns(entry.bind, workload.input, schedule, own_graph=provider.own_graph)
         except Exception as error:  # it was right and broke all the same: the others go on
-            entry.failed("wrong", failure(error))
+            entry.failed("failed", failure(error))
             continue
         entry.reason = "; ".join(missing) or None
         for metric, turn in own.items():
@@ -214,7 +215,7 @@ def _within(entry: _Entry, turn: Turn) -> Turn:
             with entry.provider.settings():
                 return turn()
         except Exception as error:
-            entry.failed("wrong", failure(error))
+            entry.failed("failed", failure(error))
             return []
 
     return run

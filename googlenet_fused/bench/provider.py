@@ -26,6 +26,10 @@ class Unavailable(Exception):
     """A provider cannot run here; the message is the reason."""
 
 
+class WrongResult(Exception):
+    """A provider ran, but what came is not what was asked for; the message says how."""
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way of running a workload: ``build(workload)`` prepares it, or raises `Unavailable`, and returns ``bind``.
@@ -86,12 +90,12 @@ class TrainingStep:
         """The gradients as the last step left them.
 
         Raises:
-            RuntimeError: a parameter has none.
+            WrongResult: a parameter has none.
         """
         found = {}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is None:
-                raise RuntimeError(f"the step left no gradient for {name}")
+                raise WrongResult(f"the step left no gradient for {name}")
             found[name.removeprefix("_orig_mod.")] = parameter.grad  # the prefix is torch.compile's
         return found
 
