@@ -6,7 +6,7 @@ Those marked ``sanitizer`` are small: compute-sanitizer runs them, a hundred tim
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from googlenet_fused import FusedInception, fuse
+from googlenet_fused import FusedInception, bench, fuse
 from googlenet_fused.backends import registry
 from googlenet_fused.models.googlenet import VariantName
 from googlenet_fused.modules import FusedConv2d
@@ -222,6 +222,47 @@ def test_input_on_another_device_is_refused() -> None:
     fused, _ = pair(TINY, "cuda", torch.float32)
     with pytest.raises(ValueError, match=r"x is on cpu but the weights are on cuda:0: move one"):
         fused(on("cpu", TINY, 1, 5, torch.float32))
+
+
+# The benchmark.
+
+
+@on_every_device
+def test_the_benchmark_judges_and_times(device: str) -> None:
+    workload = bench.build_workload(bench.Case("5b", batch=2), torch.device(device))
+
+    def other(name: str, change: Callable[[Tensor], Tensor]) -> bench.Provider:
+        return bench.Provider(name, name, lambda _: lambda x: lambda: change(workload.model(x)))
+
+    def synchronising(out: Tensor) -> Tensor:
+        out[0, 0, 0, 0].item()  # no CUDA graph captures this
+        return out
+
+    eager, channels_last, fused = bench.package_providers()
+    providers = [eager, other("off", lambda out: out * 1.01), other("synchronising", synchronising), channels_last, fused]
+    rows = {row.provider: row for row in bench.measure(workload, providers, bench.Schedule(2, 3, 1, 0.0))}
+    assert [row.status for row in rows.values()] == ["ok", "wrong", "ok", "ok", "ok"], rows
+    graphs = {"graph", "graph_cold"} if device == "cuda" else set()
+    metrics = graphs | {"wall", "wall_cold"} | ({"host"} if device == "cuda" else set())
+    for name in (eager.name, channels_last.name, fused.name):
+        assert rows[name].timings.keys() == metrics, "a capture that failed before leaves the next ones whole"
+        assert rows[name].peak_mib is not None
+        assert all(timing.n == 6 and timing.p20 > 0 for timing in rows[name].timings.values())
+    assert rows["synchronising"].timings.keys() == metrics - graphs
+    if device == "cuda":
+        assert str(rows["synchronising"].reason).startswith("no CUDA graph: ")
+        own = rows[fused.name].timings
+        assert own["graph"].median <= own["wall"].median, "the device's time is a part of the whole call's"
+
+
+@pytest.mark.gpu
+def test_the_benchmark_times_training() -> None:
+    case = bench.Case("torchvision", batch=4, mode="training", side=64)
+    rows = bench.measure(
+        bench.build_workload(case, torch.device("cuda")), bench.package_providers(), bench.Schedule(2, 3, 1, 0.0)
+    )
+    assert [row.status for row in rows] == ["ok"] * 3, rows
+    assert all({"wall", "host"} <= row.timings.keys() for row in rows)
 
 
 # Streams, graphs and races.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import BATCHES
 
 from benchmarks import summary
 
@@ -230,7 +232,9 @@ def test_without_a_gpu_its_stages_are_skipped(stage: Stage) -> None:
     assert outcomes["build"].endswith("nothing to build: this checkout has no csrc/")
     assert outcomes["probes"].endswith(f"compiled only, {NO_GPU}")
     assert [call.split()[0] for call in stage.calls("python") if "probes" in call] == ["benchmarks/probes/e4_triton_tma.py"]
-    assert stage.calls("make") == stage.calls("compute-sanitizer") == []
+    assert stage.calls("make") == ["-j 4 -C benchmarks/probes"]
+    assert stage.calls("compute-sanitizer") == [], "nothing is run"
+    assert all(stage.calls(name) == [] for name in ("e1_wgmma_shift", "e2_sync_latency", "e5_weight_multicast"))
     assert printed.endswith((stage.out / "summary.txt").read_text())
     assert sorted(path.name for path in stage.out.iterdir()) == ["log.txt", "probes.jsonl", "summary.txt"]
 
@@ -290,13 +294,14 @@ def test_every_stage_in_the_order_of_worth(stage: Stage) -> None:
         ("nets", "inference", "bf16 tf32", "1 8 32 128"),
         ("modules", "inference", "fp16", "1 8 32 128"),
         ("modules", "inference", "bf16 tf32", "1 8 32 128"),
+        ("modules", "inference", "fp16 bf16 tf32", "256"),
         ("torchvision", "inference", "fp16", "8 1 32"),
         ("torchvision", "inference", "fp16", "8 1 32"),
         ("nets", "training", "bf16 tf32", "32"),
     ]
-    assert [option(run, "providers") for run in runs[:4]] == [quick] * 4
+    assert [option(run, "providers") for run in runs[:5]] == [quick] * 5
     # What is measured again is replaced, so that nothing may be missing from the later run.
-    first, second = (set(option(run, "providers").split()) for run in runs[4:6])
+    first, second = (set(option(run, "providers").split()) for run in runs[5:7])
     assert set(quick.split()) < first < second
     assert second - first == {"compile_max_autotune"}
 
@@ -483,10 +488,12 @@ def test_benchmarks_run_takes_what_it_is_given(stage: Stage) -> None:
         assert given.commit == "abc123"
         assert given.output.name == "results.json"
         orders.append([(case.dtype, case.batch) for case in cases])
-    assert len(orders) == 7
+    assert len(orders) == 8
     assert all(orders)
     assert [batch for _, batch in orders[0]] == [1, 1, 8, 8, 32, 32, 128, 128]
     assert [dtype for dtype, _ in orders[1]] == ["bf16"] * 8 + ["tf32"] * 8
+    modules = [case for order in orders[2:5] for case in order]
+    assert sorted(set(modules)) == sorted(set(itertools.product(("fp16", "bf16", "tf32"), BATCHES)))
 
 
 def test_a_stage_with_too_little_time_left_is_skipped(stage: Stage) -> None:
@@ -757,12 +764,14 @@ def test_what_was_wrong_missing_and_not_run_is_said() -> None:
         results(
             row("eager", 1.0),
             *(row("fused_triton", 0.1, batch=batch, status="wrong", reason="off by 3") for batch in (1, 2, 3, 4, 5)),
+            row("compile_default", None, status="failed", reason="out of memory: no more"),
             *(row(name, None) for name in ("tensorrt", "openvino", "a", "b", "c")),
             not_run=[{"reason": "the time budget of 60 s was spent"}] * 2,
         )
     )
     assert "  WRONG: fused_triton on torchvision, batch 1, fp16, inference: off by 3" in lines
     assert "  WRONG: 2 more rows" in lines
+    assert "  FAILED: compile_default on torchvision, batch 1, fp16, inference: out of memory: no more" in lines
     assert "  unavailable: tensorrt: not installed" in lines
     assert "  unavailable, too: b, c" in lines
     assert "  not run: 2 cases: the time budget of 60 s was spent" in lines
