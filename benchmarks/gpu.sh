@@ -40,7 +40,7 @@ usage: benchmarks/gpu.sh [--budget SECONDS] [--stages NAME,...] [--output FOLDER
 Builds in place, tests, checks and measures on a machine with a GPU, within a time budget. Without a GPU only the build
 and what merely compiles run.
 
-  --budget SECONDS  for everything together (default: 540)
+  --budget SECONDS  for everything together, from 30 to 99999 (default: 540)
   --stages NAME,... what to run, in this order (default: $(names_of_stages))
   --output FOLDER   where all results go (default: gpu-output); a results.json there is added to, if it is of this machine
                     and commit, and all else is replaced
@@ -96,6 +96,7 @@ case $BUDGET in
 esac
 [ "$BUDGET_OK" = 1 ] || refuse "--budget must be a whole number of seconds from 30 to 99999, got '$BUDGET'"
 IFS=, read -r -a SELECTED <<<"$WANTED"
+case $COMMIT in *[!0-9a-f]*) refuse "--commit must be a hash of hexadecimal digits, got '$COMMIT'" ;; esac
 [ ${#SELECTED[@]} -gt 0 ] || refuse "--stages must name a stage, got '$WANTED': choose from $(names_of_stages)"
 seen=,
 for stage in "${SELECTED[@]}"; do
@@ -312,8 +313,9 @@ probe() { # NAME COMMAND...: keeps the line of JSON that it prints, or one that 
 }
 
 stage_probes() {
-    local name
+    local name any=''
     if build_probes; then
+        any=1
         for name in $PROBES; do
             if [ -n "$no_gpu" ]; then
                 break
@@ -327,11 +329,16 @@ stage_probes() {
     if [ ! -f benchmarks/probes/e4_triton_tma.py ]; then
         note 'there is no e4_triton_tma.py'
     elif "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)'; then
+        any=1
         probe e4_triton_tma "$PYTHON" benchmarks/probes/e4_triton_tma.py
     else
         note 'e4_triton_tma: triton is not installed'
     fi
-    [ -z "$no_gpu" ] || note "compiled only, $no_gpu"
+    if [ -z "$any" ]; then
+        skip 'there is nothing to build or run them with'
+    elif [ -n "$no_gpu" ]; then
+        note "compiled only, $no_gpu"
+    fi
     if [ -z "$no_gpu" ] && [ -f "$OUTPUT/results.json" ] && [ -f benchmarks/probes/e3_peers.py ]; then
         probe e3_peers "$PYTHON" benchmarks/probes/e3_peers.py "$OUTPUT/results.json"
     fi
@@ -428,6 +435,9 @@ detect() { # sets no_gpu, the reason or nothing, and machine
     if [ $answer -ne 0 ]; then
         no_gpu="torch could not be asked for a CUDA device: the interpreter ended with exit code $answer"
         machine="unknown: $(tail -n 1 "$SCRATCH/detect")"
+    elif [ -z "$no_gpu" ]; then
+        no_gpu="'$PYTHON' answered nothing: it is no Python"
+        machine=unknown
     elif [ "$no_gpu" = cuda ]; then
         no_gpu=''
         command -v nvidia-smi >/dev/null &&

@@ -18,6 +18,7 @@ from googlenet_fused.bench import BASELINE, DTYPES, METRICS, NETWORKS, Case, Mod
 from googlenet_fused.spec import GOOGLENET_SPECS
 
 SCHEMA = 2
+KIND = "benchmark"
 OURS = "fused_"
 """What the names of this package's providers begin with."""
 PYTORCH_PEERS = ("channels_last", "compile_", "merged_cudnn")
@@ -74,13 +75,30 @@ class Against(NamedTuple):
 
 
 def read(folder: Path) -> list[Result]:
-    """All benchmark results in a folder, by name.
+    """All benchmark results in a folder, by name; JSON files that say to be of another kind are passed over.
 
     Raises:
-        ReportError: a file is not a result; the message names the file and the fault.
+        ReportError: a file is not a result, or not named like one; the message names the file and the fault.
     """
-    found = [path for device in DEVICES for path in sorted(folder.glob(f"{device}-*.json"))]
-    return [read_file(path) for path in found if not path.name.endswith(UNFINISHED)]
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name.endswith(UNFINISHED) or _is_of_another_kind(path):
+            continue
+        result = read_file(path)
+        if not path.name.startswith(f"{result.device}-"):
+            raise ReportError(f"{path} must be named {result.device}-*.json: rename it, or take it in with --add")
+        found.append(result)
+    return found
+
+
+def _is_of_another_kind(path: Path) -> bool:
+    if path.name.startswith(tuple(f"{device}-" for device in DEVICES)):
+        return False
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("kind", KIND) != KIND
 
 
 def read_file(path: Path) -> Result:
@@ -148,7 +166,7 @@ def _check(data: Any) -> None:
     schema = _field(data, "schema", int)
     if schema != SCHEMA:
         raise _Fault(f"schema {schema} is not {SCHEMA}: measure again with python -m benchmarks.run")
-    _choice(data, "kind", ("benchmark",), "")
+    _choice(data, "kind", (KIND,), "")
     device = _choice(data, "device", DEVICES, "")
     _field(data, "created", str)
     machine = _field(data, "machine", dict)
@@ -232,6 +250,12 @@ def case_of(row: Row) -> Case:
     """The case of a row, or of an entry of ``not_run``."""
     case = row["case"]
     return Case(case["subject"], case["batch"], case["dtype"], case["mode"], case["side"])
+
+
+def lost(old: Iterable[Row], new: Iterable[tuple[Case, str]]) -> list[str]:
+    """The rows of ``old``, each in words, whose case and provider are not among ``new``."""
+    kept = set(new)
+    return [f"{row['provider']} on {case_of(row)}" for row in old if (case_of(row), row["provider"]) not in kept]
 
 
 def cases_of(rows: Iterable[Row]) -> list[Case]:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.reading import ReportError, Result, Row, by_machine, case_of, headline, one, read, read_file, row_percent
+from benchmarks.reading import ReportError, Result, Row, by_machine, case_of, headline, lost, one, read, read_file, row_percent
 from benchmarks.tables.page import page, page_name
 from benchmarks.tables.readme import SECTIONS, markers, section
 from benchmarks.tables.remarks import facts
@@ -207,22 +207,39 @@ def write(results: Sequence[Result], root: Path) -> None:
         print(f"removed {path}")
 
 
-def add(files: Sequence[Path], folder: Path) -> Path:
+def add(files: Sequence[Path], folder: Path, *, replace: bool = False) -> Path:
     """Takes result files of one machine into ``folder``, merged, under that machine's name.
 
     A file already there is merged with them if it is of the same versions and commit, and replaced if not.
 
+    Args:
+        replace: whether rows may be lost thereby: those of cases and providers that are not among the new ones.
+
     Raises:
-        ReportError: a file is not a result, or the files are of two machines or cannot be merged.
+        ReportError: a file is not a result, or of a trial, or empty; the files are of two machines or cannot be merged; or
+            rows would be lost.
     """
     from benchmarks.results import file_name
 
-    new = one([read_file(path) for path in files])
+    given = [read_file(path) for path in files]
+    for result in given:
+        if result.data["settings"].get("quick"):
+            raise ReportError(
+                f"--add: {result.path} is of a trial (--quick), which is nothing to publish: measure without --quick"
+            )
+        if not result.rows:
+            raise ReportError(f"--add: {result.path} holds no rows: nothing was measured")
+    new = one(given)
     path = folder / file_name(new.data)
     if path.is_file():
         old = read_file(path)
         if all(old.data[name] == new.data[name] for name in ("versions", "git")):
             new = one([old, new])
+        elif (gone := lost(old.rows, ((case_of(row), row["provider"]) for row in new.rows))) and not replace:
+            raise ReportError(
+                f"--add: {path} is of other versions or another commit and holds {len(gone)} rows that the new figures lack, "
+                f"the first {gone[0]}: measure those too, or give --replace to lose them"
+            )
         else:
             print(f"{path.name}: the new figures take the place of those of {facts(old)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,13 +253,14 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument(
         "--add", nargs="+", type=Path, default=[], metavar="FILE", help="result files of one machine to take in first"
     )
+    parser.add_argument("--replace", action="store_true", help="--add may lose figures that the new files do not have")
     arguments = parser.parse_args(argv)
     if arguments.check and arguments.add:
         parser.error("--check writes nothing and --add does: give one of them")
     folder = root / "benchmarks" / "results"
     try:
         if arguments.add:
-            print(f"wrote {add(arguments.add, folder)}")
+            print(f"wrote {add(arguments.add, folder, replace=arguments.replace)}")
         results = by_machine(read(folder))
         if not arguments.check:
             write(results, root)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.reading import SCHEMA
+from benchmarks.reading import KIND, SCHEMA
 from benchmarks.roofline import Ceilings, counts, floor_ms, percent
 from googlenet_fused import __version__, bench, info
 from googlenet_fused.bench import Case
@@ -30,7 +30,7 @@ def new_result(device: str, git: Mapping[str, Any] | None, settings: Mapping[str
     """A result without rows, of this machine."""
     return {
         "schema": SCHEMA,
-        "kind": "benchmark",
+        "kind": KIND,
         "device": device,
         "created": now(),
         "machine": bench.machine_description(),
@@ -111,6 +111,21 @@ def file_name(result: Mapping[str, Any]) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def check_writable(path: Path) -> None:
+    """Makes sure that ``path`` can be written before anything is measured for it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    beside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written: {error.strerror}; name another") from error
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ SECONDS = {"cpu": {"module": 5.0, "net": 30.0}, "cuda": {"module": 2.0, "net": 4
 SAID: dict[str, str] = {"wrong": "is wrong", "failed": "failed"}
 """What is said of a row that makes the run itself fail, by its status."""
 
+TRIAL = Schedule(rounds=2, calls=1, warmup=1, settle=0.0)
+TRIALS = Path("bench-output")
+INTERRUPTED = "the run was interrupted before it"
+SELECTION = ("subjects", "batches", "dtypes", "modes", "providers")
+"""The arguments that say what is measured."""
+
 INPUT = "seeded normal noise; weights, biases and statistics seeded and randomised"
 
 
@@ -52,7 +59,7 @@ class Plan:
     def schedule(self, case: Case) -> Schedule:
         """The turns of one case."""
         if self.quick:
-            return Schedule(rounds=2, calls=1, warmup=1, settle=0.0)
+            return TRIAL
         return Schedule(rounds=self.rounds, seconds=SECONDS[self.device.type]["module" if case.is_module else "net"])
 
 
@@ -75,6 +82,8 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
         show("ceilings", 0.0)
         results.add_ceilings(result, measured_ceilings(plan))
         ceilings = Ceilings.from_json(result["ceilings"])
+        results.add_not_run(result, plan.cases, INTERRUPTED)
+        results.write(result, path)
         for at, case in enumerate(plan.cases):
             if plan.budget is not None and time.monotonic() - start > plan.budget:
                 reason = f"the time budget of {plan.budget:g} s was spent"
@@ -145,15 +154,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", default=[], choices=list(bench.DTYPES), help="default: the device's")
     parser.add_argument("--modes", nargs="+", default=list(grid.MODES), choices=grid.MODES)
     parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="default: all that the device can have")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after so long")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after so long (default: no limit)")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="at most so many rounds a case (default: 30)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: as torch chooses)")
-    parser.add_argument("--append", action="store_true", help="add to a result of the same machine, versions and commit")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run: measure what it left out")
+    into = parser.add_mutually_exclusive_group()
+    into.add_argument("--append", action="store_true", help="add to a result of the same machine, versions and commit, if any")
+    into.add_argument("--resume", action="store_true", help="go on with an interrupted run: measure what it left out")
+    into.add_argument("--replace", action="store_true", help="lose an earlier result, also what is not measured again")
     parser.add_argument("--commit", metavar="HASH", help="the commit of this code, where there is no git to ask")
     parser.add_argument("--quick", action="store_true", help="a trial: two rounds, small ceilings, nothing to believe")
     parser.add_argument(
-        "--output", type=Path, default=results.FOLDER, metavar="PATH", help="a .json file or a folder (default: %(default)s)"
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help=f"a .json file or a folder (default: benchmarks/results; of a trial: {TRIALS})",
     )
     return parser
 
@@ -167,63 +181,132 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; measure with --device cpu")
+    for batch in arguments.batches:
+        if batch < 1:
+            raise ValueError(f"--batches must be at least 1, got {batch}")
     selection = grid.Selection(arguments.subjects, arguments.batches, arguments.dtypes, arguments.modes)
     cases = list(grid.cases(selection, device))
     if not cases:
-        raise ValueError("nothing to measure: training is of whole networks, and not in fp16; see --help")
+        raise ValueError(
+            "nothing to measure: --modes training is of whole networks (--subjects nets) and not of fp16 (--dtypes bf16)"
+        )
     if arguments.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
+    if arguments.budget is not None and not arguments.budget > 0:
+        raise ValueError(f"--budget must be more than 0 seconds, got {arguments.budget:g}")
+    if arguments.commit is not None and not re.fullmatch("[0-9a-f]{4,40}", arguments.commit):
+        raise ValueError(f"--commit must be a hash, 4 to 40 hexadecimal digits, got {arguments.commit!r}")
     providers = lineup(device, arguments.providers)
     return Plan(torch.device(device), cases, providers, arguments.rounds, arguments.budget, arguments.quick)
 
 
-def result_for(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, Any], Path, Path]:
-    """The result to add to, where it is written while unfinished, and where in the end.
-
-    Raises:
-        ValueError: rows cannot be added to the file that is there.
-    """
+def new_result(plan: Plan, commit: str | None) -> dict[str, Any]:
+    """An empty result of this machine and plan."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if load is not None and load > BUSY_LOAD and plan.device.type == "cpu":
         say(f"warning: the load average is {load:.1f}; other work on this machine spoils the timings")
-    git = {"commit": arguments.commit, "dirty": None} if arguments.commit else results.git_state(Path(__file__).parent)
+    git = {"commit": commit, "dirty": None} if commit else results.git_state(Path(__file__).parent)
     settings = {
-        "rounds": plan.rounds,
+        "rounds": TRIAL.rounds if plan.quick else plan.rounds,
         "seconds_a_case": SECONDS[plan.device.type],
         "auto_backend": auto_backend(plan.device, plan.cases[0].dtype),
         "load_average_before": load,
         "input": INPUT,
         "quick": plan.quick,
+        "providers": [provider.name for provider in plan.providers],
     }
-    new = results.new_result(plan.device.type, git, settings)
-    final = arguments.output if arguments.output.suffix == ".json" else arguments.output / results.file_name(new)
-    unfinished = final if arguments.append else final.with_suffix(reading.UNFINISHED)
-    if arguments.resume and not unfinished.is_file():
+    return results.new_result(plan.device.type, git, settings)
+
+
+def files_of(result: dict[str, Any], arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Where a result is written while unfinished, and where in the end; with ``--append`` that is the same."""
+    output = arguments.output or (TRIALS if arguments.quick else results.FOLDER)
+    final = output if output.suffix == ".json" else output / results.file_name(result)
+    return final if arguments.append else final.with_suffix(reading.UNFINISHED), final
+
+
+def check_nothing_is_lost(plan: Plan, unfinished: Path, final: Path) -> None:
+    """Refuses to begin a run whose file would take the place of figures that it will not hold itself.
+
+    Raises:
+        ValueError: it would.
+    """
+    if unfinished.is_file() and (rows := reading.read_file(unfinished).rows):
+        raise ValueError(
+            f"{unfinished} holds {len(rows)} rows of an interrupted run: go on with --resume, or give --replace to lose them"
+        )
+    if not final.is_file():
+        return
+    old = reading.read_file(final)
+    planned = [(case, provider.name) for case in plan.cases for provider in plan.providers]
+    gone = reading.lost(old.rows, planned)
+    if gone or (plan.quick and old.rows and not old.data["settings"].get("quick")):
+        what = f"{len(gone)} rows that this run does not measure, the first {gone[0]}" if gone else "figures of no trial"
+        raise ValueError(f"{final} holds {what}: give --append to add to it, --output for another file, or --replace")
+
+
+def resumed(plan: Plan, new: dict[str, Any], unfinished: Path, arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
+    """What an interrupted run left to do, and its result so far.
+
+    Raises:
+        ValueError: there was none, or it was another run than the one asked for.
+    """
+    if not unfinished.is_file():
         raise ValueError(f"--resume: there is no {unfinished}, so no run was interrupted; start without --resume")
-    if unfinished.is_file() and (arguments.append or arguments.resume):
-        old = dict(reading.read_file(unfinished).data)
-        results.check_same_run(old, new)
-        new = old
-    return new, unfinished, final
+    old = dict(reading.read_file(unfinished).data)
+    results.check_same_run(old, new)
+    left = [reading.case_of(entry) for entry in old["not_run"]]
+    names = old["settings"]["providers"]
+    if any(getattr(arguments, name) != parser().get_default(name) for name in SELECTION):
+        all_of_it = {reading.case_of(row) for row in old["rows"]} | set(left)
+        if set(plan.cases) != all_of_it or [provider.name for provider in plan.providers] != names:
+            raise ValueError(
+                f"--resume: the interrupted run in {unfinished} is of other cases or providers; leave out "
+                f"{', '.join(f'--{name}' for name in SELECTION)} to go on with it"
+            )
+    return replace(plan, cases=left, providers=lineup(plan.device.type, names)), old
+
+
+def begin(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any], Path, Path]:
+    """The plan, the result to add to, and its file while it is unfinished and in the end.
+
+    Raises:
+        ValueError: an argument is wrong, or figures would be mixed or lost.
+    """
+    plan = plan_of(arguments)
+    result = new_result(plan, arguments.commit)
+    unfinished, final = files_of(result, arguments)
+    if arguments.resume:
+        plan, result = resumed(plan, result, unfinished, arguments)
+    elif arguments.append and final.is_file():
+        old = dict(reading.read_file(final).data)
+        results.check_same_run(old, result)
+        result = old
+    elif not arguments.append and not arguments.replace:
+        check_nothing_is_lost(plan, unfinished, final)
+    results.check_writable(unfinished)
+    return plan, result, unfinished, final
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    result: dict[str, Any] = {}
     try:
         with bench.torch_threads(arguments.threads):
-            plan = plan_of(arguments)
-            result, unfinished, final = result_for(plan, arguments)
-            if arguments.resume:
-                done = [row["case"] for row in result["rows"]]
-                plan = replace(plan, cases=[case for case in plan.cases if asdict(case) not in done])
+            plan, result, unfinished, final = begin(arguments)
             rows, broken = run(plan, result, unfinished)
     except (ValueError, reading.ReportError, registry.BackendError) as error:
         print(f"benchmarks.run: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the cases that were done are kept; go on with --resume", file=sys.stderr)
+        kept = "the cases that were done are kept: go on with --resume" if result.get("rows") else "no case was done yet"
+        print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     if unfinished != final:
+        if not result["rows"]:
+            unfinished.unlink()
+            print("benchmarks.run: error: nothing was measured, so nothing was written", file=sys.stderr)
+            return 1
         unfinished.replace(final)
     print(f"wrote {final}")
     return 1 if broken or any(row.status in SAID for row in rows) else 0

@@ -10,6 +10,7 @@ from torch import nn
 
 from googlenet_fused import bench
 from googlenet_fused.bench import Case, Schedule, Timing, Workload
+from googlenet_fused.info import usable_cpus
 
 
 def test_timing_summarises_samples() -> None:
@@ -105,9 +106,10 @@ def test_numerics_sets_tf32_and_puts_it_back() -> None:
 
 
 def test_torch_threads_puts_the_number_back() -> None:
-    before = torch.get_num_threads()
-    with bench.torch_threads(before + 1) as threads:
-        assert threads == torch.get_num_threads() == before + 1
+    before, most = torch.get_num_threads(), usable_cpus()
+    for count in range(1, most + 1):
+        with bench.torch_threads(count) as threads:
+            assert threads == torch.get_num_threads() == count
     assert torch.get_num_threads() == before
-    with pytest.raises(ValueError, match="threads must be at least 1"), bench.torch_threads(0):
+    with pytest.raises(ValueError, match=f"threads must be from 1 to {most}, .* got 0"), bench.torch_threads(0):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -199,10 +200,10 @@ def test_rows_of_another_commit_are_refused(tmp_path: Path, measured: list[Case]
 
 
 def test_an_interrupted_run_keeps_its_cases_and_the_older_file(
-    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "r.json"
-    assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(path)]) == 0
+    assert run.main([*ARGUMENTS, "--subjects", "4e", "--output", str(path)]) == 0
     content, measure = path.read_bytes(), bench.measure
 
     def interrupted(workload: Workload, *arguments: Any, **options: Any) -> list[Row]:
@@ -210,19 +211,106 @@ def test_an_interrupted_run_keeps_its_cases_and_the_older_file(
             raise KeyboardInterrupt
         return measure(workload, *arguments, **options)
 
-    again = [*ARGUMENTS, "--subjects", "4e", "5b", "--output", str(path)]
+    again = [*ARGUMENTS, "--subjects", "4e", "5a", "5b", "--output", str(path)]
     with monkeypatch.context() as context:
         context.setattr(bench, "measure", interrupted)
+        capsys.readouterr()
         assert run.main(again) == 130
+        assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the cases that were done are kept")
     assert path.read_bytes() == content
     partial = tmp_path / "r.partial.json"
-    assert {row["case"]["subject"] for row in reading.read_file(partial).rows} == {"4e"}
+    half = reading.read_file(partial)
+    assert [row["case"]["subject"] for row in half.rows] == ["4e", "4e", "5a", "5a"]
+    assert [(entry["case"]["subject"], entry["reason"]) for entry in half.data["not_run"]] == [("5b", run.INTERRUPTED)]
 
-    measured.clear()
-    assert run.main([*again, "--resume"]) == 0
-    assert [case.subject for case in measured] == ["5b"], "what was done is not done again"
-    assert [row["case"]["subject"] for row in reading.read_file(path).rows] == ["4e", "4e", "5b", "5b"]
-    assert not partial.exists()
+    left = partial.read_bytes()
+    assert refusal(capsys, again) == (
+        f"{partial} holds 4 rows of an interrupted run: go on with --resume, or give --replace to lose them"
+    )
+    other = refusal(capsys, [*ARGUMENTS, "--subjects", "4e", "5b", "--resume", "--output", str(path)])
+    assert other.startswith(f"--resume: the interrupted run in {partial} is of other cases or providers; leave out --subjects,")
+    fewer = refusal(capsys, [*again, "--resume", "--providers", "fused_cpu"])
+    assert "of other cases or providers" in fewer
+    assert (partial.read_bytes(), path.read_bytes()) == (left, content)
+
+    for name in ("the same", "none"):
+        measured.clear()
+        partial.write_bytes(left)
+        path.write_bytes(content)
+        given = {"the same": again, "none": ["--device", "cpu", "--quick", "--commit", "c0ffee", "--output", str(path)]}[name]
+        assert run.main([*given, "--resume"]) == 0
+        assert [case.subject for case in measured] == ["5b"], "what was done is not done again"
+        assert [row["case"]["subject"] for row in reading.read_file(path).rows] == ["4e", "4e", "5a", "5a", "5b", "5b"]
+        assert reading.read_file(path).data["not_run"] == []
+        assert not partial.exists()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The error of a run that is refused."""
+    capsys.readouterr()
+    assert run.main(arguments) == 1
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("benchmarks.run: error: ")
+
+
+def test_an_interruption_before_the_first_case_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> list[Row]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(bench, "measure", interrupted)
+        assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: no case was done yet"
+    monkeypatch.setattr(bench, "measure", lambda workload, *_, **__: [tiny_row(BASELINE, workload.case)])
+    assert run.main([*ARGUMENTS, "--subjects", "5b", "--output", str(tmp_path)]) == 0, "nothing is in its way"
+    (path,) = tmp_path.iterdir()
+    assert [row["case"]["subject"] for row in reading.read_file(path).rows] == ["5b"]
+
+
+def test_a_run_takes_the_place_of_what_it_measures_again_only(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.json"
+    both = [*ARGUMENTS, "--output", str(path), "--subjects", "5a", "5b"]
+    assert run.main(both) == 0
+    assert run.main(both) == 0
+    content = path.read_bytes()
+    said = refusal(capsys, both[:-1])
+    assert said == (
+        f"{path} holds 2 rows that this run does not measure, the first eager on 5b, batch 1, fp32: "
+        "give --append to add to it, --output for another file, or --replace"
+    )
+    said = refusal(capsys, [*both, "--providers", "channels_last"])
+    assert "2 rows that this run does not measure, the first fused_cpu on 5a" in said
+    assert path.read_bytes() == content
+    assert run.main([*both[:-1], "--replace"]) == 0
+    assert {row["case"]["subject"] for row in reading.read_file(path).rows} == {"5a"}
+
+    full = json.loads(path.read_text())
+    full["settings"]["quick"] = False
+    path.write_text(json.dumps(full))
+    assert "holds figures of no trial" in refusal(capsys, both[:-1])
+    path.write_text("{")
+    assert "is not JSON" in refusal(capsys, both)
+
+
+def test_a_trial_is_kept_apart(tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.main([*ARGUMENTS, "--subjects", "5a"]) == 0
+    (path,) = (tmp_path / run.TRIALS).iterdir()
+    assert reading.read_file(path).data["settings"] | {"quick": True, "rounds": 2} == reading.read_file(path).data["settings"]
+
+
+@pytest.mark.parametrize("folder", ["/proc", "file"])  # Path("anything") / "/proc" is "/proc"
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / folder / "x.json"
+    monkeypatch.setattr(run, "measured_ceilings", lambda plan: pytest.fail("it measures"))
+    said = refusal(capsys, [*ARGUMENTS, "--subjects", "5a", "--output", str(path)])
+    assert said.startswith(f"--output: {path.with_suffix('.partial.json')} cannot be written: ")
 
 
 def test_a_spent_budget_and_a_case_that_cannot_run_are_recorded(
@@ -239,11 +327,27 @@ def test_a_spent_budget_and_a_case_that_cannot_run_are_recorded(
     assert run.main([*ARGUMENTS, "--subjects", "5a", "5b", "--output", str(path)]) == 0
     (entry,) = reading.read_file(path).data["not_run"]
     assert (entry["case"]["subject"], entry["reason"]) == ("5a", "plain PyTorch cannot run it here: no kernel")
-    assert run.main([*ARGUMENTS, "--subjects", "4d", "4e", "--budget", "0", "--output", str(path)]) == 0
-    left = reading.read_file(path).data["not_run"]
-    assert [(entry["case"]["subject"], entry["reason"]) for entry in left] == [
-        (name, "the time budget of 0 s was spent") for name in ("4d", "4e")
+    clock = itertools.count(0.0, 10.0)
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))  # at the start, before the first case, after it, ...
+    other = tmp_path / "s.json"
+    assert run.main([*ARGUMENTS, "--subjects", "4c", "4d", "4e", "--budget", "15", "--output", str(other)]) == 0
+    read = reading.read_file(other)
+    assert {row["case"]["subject"] for row in read.rows} == {"4c"}
+    assert [(entry["case"]["subject"], entry["reason"]) for entry in read.data["not_run"]] == [
+        (name, "the time budget of 15 s was spent") for name in ("4d", "4e")
     ]
+
+
+def test_a_run_that_measures_nothing_leaves_the_older_file(
+    tmp_path: Path, measured: list[Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.json"
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(path)]) == 0
+    content = path.read_bytes()
+    said = refusal(capsys, [*ARGUMENTS, "--subjects", "5a", "--budget", "1e-9", "--output", str(path)])
+    assert said == "nothing was measured, so nothing was written"
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_costs_one_case_only(tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,9 +403,13 @@ def test_a_real_run_from_measuring_to_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batches", "0"], "Case: batch must be at least 1, got 0"),
+        (["--batches", "0"], "--batches must be at least 1, got 0"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be from 1 to "),
+        (["--threads", "9999"], "threads must be from 1 to "),
+        (["--budget", "0"], "--budget must be more than 0 seconds, got 0"),
+        (["--budget", "-5"], "--budget must be more than 0 seconds, got -5"),
+        (["--commit", "zzz"], "--commit must be a hash, 4 to 40 hexadecimal digits, got 'zzz'"),
         (["--providers", "cudnn"], "got 'cudnn'"),
         (["--resume"], "so no run was interrupted; start without --resume"),
         (["--modes", "training", "--subjects", "5a"], "nothing to measure"),

@@ -805,7 +805,10 @@ def test_add_puts_another_commit_in_place_of_the_old(root: Path, tmp_path: Path,
     new["rows"] = new["rows"][:4]
     report.main(["--add", given(tmp_path, "old.json", old)], root)
     capsys.readouterr()
-    assert report.main(["--add", given(tmp_path, "new.json", new)], root) == 0
+    assert report.main(["--add", given(tmp_path, "new.json", new)], root) == 1
+    said = f"other versions or another commit and holds {len(old['rows']) - 4} rows that the new figures lack, the first "
+    assert said in capsys.readouterr().err
+    assert report.main(["--add", given(tmp_path, "new.json", new), "--replace"], root) == 0
     assert "take the place of those of" in capsys.readouterr().out
     (of,) = (of for of in reading.read(root / "benchmarks" / "results") if of.device == "cuda")
     assert of.data["git"] == new["git"]
@@ -820,8 +823,28 @@ def test_add_refuses_two_machines_and_bad_files(root: Path, tmp_path: Path, caps
     assert "a.json" in error
     assert "b.json" in error
     assert "two machines" in error
+    trial, empty = cuda_run(), cuda_run()
+    trial["settings"] = {"quick": True}
+    empty["rows"] = []
+    assert report.main(["--add", given(tmp_path, "c.json", trial)], root) == 1
+    assert "c.json is of a trial (--quick), which is nothing to publish" in capsys.readouterr().err
+    assert report.main(["--add", given(tmp_path, "d.json", empty)], root) == 1
+    assert "d.json holds no rows: nothing was measured" in capsys.readouterr().err
     assert report.main(["--add", str(tmp_path / "none.json")], root) == 1
     assert "none.json cannot be read: No such file" in capsys.readouterr().err
     assert sorted((root / "benchmarks" / "results").iterdir()) == before
     with pytest.raises(SystemExit):
         report.main(["--check", "--add", files[0]], root)
+
+
+def test_a_result_under_another_name_is_not_passed_over(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = root / "benchmarks" / "results"
+    report.main([], root)
+    (folder / "audit.json").write_text(json.dumps({"kind": "audit"}))
+    assert report.main(["--check"], root) == 0, "what says to be something else is"
+    (folder / "x.json").write_text("{")
+    assert report.main(["--check"], root) == 1
+    assert "x.json is not JSON" in capsys.readouterr().err
+    (folder / "x.json").write_text(json.dumps(cuda_run()))
+    assert report.main(["--check"], root) == 1
+    assert "x.json must be named cuda-*.json: rename it, or take it in with --add" in capsys.readouterr().err

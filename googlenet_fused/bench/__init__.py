@@ -30,7 +30,7 @@ from googlenet_fused.bench.provider import (
 )
 from googlenet_fused.bench.show import latency_panels, print_results, progress_bar, progress_display
 from googlenet_fused.bench.timing import Schedule, Timing, interleaved, take_turns, wall_clock
-from googlenet_fused.info import machine_description
+from googlenet_fused.info import machine_description, usable_cpus
 
 __all__ = [
     "BASELINE",
@@ -77,12 +77,12 @@ def torch_threads(count: int | None) -> Iterator[int]:
     """Runs a block with ``count`` torch threads (``None``: as they are) and puts the number back afterwards.
 
     Raises:
-        ValueError: ``count`` is below 1.
+        ValueError: ``count`` is below 1 or above the number of usable processors.
     """
-    before = torch.get_num_threads()
+    before, most = torch.get_num_threads(), usable_cpus()
     if count is not None:
-        if count < 1:
-            raise ValueError(f"threads must be at least 1, got {count}")
+        if not 1 <= count <= most:
+            raise ValueError(f"threads must be from 1 to {most}, the processors that may be used here, got {count}")
         torch.set_num_threads(count)
     try:
         yield torch.get_num_threads()
