@@ -17,7 +17,7 @@ from googlenet_fused import bench
 from googlenet_fused.bench import BASELINE, DTYPES, METRICS, NETWORKS, Case, Mode, Status
 from googlenet_fused.spec import GOOGLENET_SPECS
 
-SCHEMA = 2
+SCHEMA = 3
 KIND = "benchmark"
 OURS = "fused_"
 """What the names of this package's providers begin with."""
@@ -187,8 +187,8 @@ def _check(data: Any) -> None:
     _field(data, "clocks", list)
     ceilings = _field(data, "ceilings", dict)
     _spread(ceilings, "copy_gb_per_s", "ceilings.")
-    for dtype in _field(ceilings, "matmul_tflop_per_s", dict, "ceilings."):
-        _spread(ceilings["matmul_tflop_per_s"], dtype, "ceilings.matmul_tflop_per_s.")
+    for dtype in _field(ceilings, "arithmetic_tflop_per_s", dict, "ceilings."):
+        _spread(ceilings["arithmetic_tflop_per_s"], dtype, "ceilings.arithmetic_tflop_per_s.")
     seen: dict[tuple[Case, str], int] = {}
     for index, row in enumerate(_field(data, "rows", list)):
         where = f"rows[{index}]."

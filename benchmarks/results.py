@@ -38,7 +38,7 @@ def new_result(device: str, git: Mapping[str, Any] | None, settings: Mapping[str
         "git": git,
         "settings": dict(settings),
         "clocks": [],
-        "ceilings": {"copy_gb_per_s": None, "matmul_tflop_per_s": {}},
+        "ceilings": {"copy_gb_per_s": None, "arithmetic_tflop_per_s": {}},
         "rows": [],
         "not_run": [],
     }

@@ -40,8 +40,9 @@ COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 LEAST_CACHES = 4
 """A copy on a CPU is at least this many times its last cache."""
 
-MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
-SMALLEST_MATMUL = 256
+ARITHMETIC_SIDE = {"cpu": 2048, "cuda": 8192}
+SMALLEST_SIDE = 256
+CONV_BATCH = 4
 FEWEST_REPEATS = 3
 WARMUP = 2
 
@@ -212,22 +213,22 @@ class Rate(Summary):
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine reaches: GB/s of a large copy, read plus written, and TFLOP/s of a large matrix product in each dtype."""
+    """What a machine reaches: GB/s of a large copy, read plus written, and TFLOP/s of large arithmetic in each dtype."""
 
     copy_gb_per_s: Rate
-    matmul_tflop_per_s: Mapping[str, Rate]
+    arithmetic_tflop_per_s: Mapping[str, Rate]
 
     def or_better(self, other: Ceilings) -> Ceilings:
         """Of each ceiling the higher one: what a machine reached at any time it can reach."""
-        products = dict(self.matmul_tflop_per_s)
-        for dtype, rate in other.matmul_tflop_per_s.items():
-            products[dtype] = max(products.get(dtype, rate), rate, key=lambda rate: rate.median)
-        return Ceilings(max(self.copy_gb_per_s, other.copy_gb_per_s, key=lambda rate: rate.median), products)
+        rates = dict(self.arithmetic_tflop_per_s)
+        for dtype, rate in other.arithmetic_tflop_per_s.items():
+            rates[dtype] = max(rates.get(dtype, rate), rate, key=lambda rate: rate.median)
+        return Ceilings(max(self.copy_gb_per_s, other.copy_gb_per_s, key=lambda rate: rate.median), rates)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "copy_gb_per_s": self.copy_gb_per_s.to_json(),
-            "matmul_tflop_per_s": {dtype: rate.to_json() for dtype, rate in self.matmul_tflop_per_s.items()},
+            "arithmetic_tflop_per_s": {dtype: rate.to_json() for dtype, rate in self.arithmetic_tflop_per_s.items()},
         }
 
     @classmethod
@@ -237,7 +238,7 @@ class Ceilings:
         Raises:
             KeyError: a field is missing.
         """
-        matmul = {dtype: Rate.from_json(rate) for dtype, rate in data["matmul_tflop_per_s"].items()}
+        matmul = {dtype: Rate.from_json(rate) for dtype, rate in data["arithmetic_tflop_per_s"].items()}
         return cls(Rate.from_json(data["copy_gb_per_s"]), matmul)
 
 
@@ -271,48 +272,60 @@ def _copy_rate(device: torch.device, size: int, repeats: int) -> Rate:
     return Rate.of([moved / seconds / 1e9 for seconds in _seconds(lambda: target.copy_(source), device, repeats)])
 
 
-def _random_matmul(device: torch.device, dtype: torch.dtype, side: int) -> Callable[[], object]:
+class Work(NamedTuple):
+    """A call, and how many FLOPs it does."""
+
+    call: Callable[[], object]
+    flops: int
+
+
+def _random_matmul(device: torch.device, dtype: torch.dtype, side: int) -> Work:
     """A product of square matrices; of random numbers, because zeros take less power and so run faster than any real data."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return lambda: torch.matmul(a, b, out=out)
+    return Work(lambda: torch.matmul(a, b, out=out), 2 * side**3)
 
 
-def _random_conv1x1(device: torch.device, dtype: torch.dtype, side: int) -> Callable[[], object]:
-    """The same product as a 1x1 convolution, which on a CPU is another library's, and often the faster one."""
+def _random_conv3x3(device: torch.device, dtype: torch.dtype, side: int) -> Work:
+    """A convolution in channels_last, which on a CPU is another library's work than a product, and the faster: at a ``side`` of
+    2048, 256 channels on maps of 56x56."""
     generator = torch.Generator(device).manual_seed(0)
-    pixels, weight = (torch.randn(side, side, 1, 1, device=device, generator=generator).to(dtype) for _ in range(2))
-    x = pixels.view(1, side, 1, side).permute(0, 3, 2, 1)  # channels_last: [1, channels, 1, pixels]
-    return lambda: torch.nn.functional.conv2d(x, weight)
+    channels, map_side = max(1, side // 8), max(1, 7 * side // 256)
+    shapes = (CONV_BATCH, channels, map_side, map_side), (channels, channels, 3, 3)
+    x, weight = (
+        torch.randn(shape, device=device, generator=generator).to(dtype, memory_format=torch.channels_last) for shape in shapes
+    )
+    flops = 2 * weight.numel() * CONV_BATCH * map_side**2
+    return Work(lambda: torch.nn.functional.conv2d(x, weight, padding=1), flops)
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, side: int, repeats: int, budget: float) -> Rate:
-    """TFLOP/s of the fastest way to multiply that is known here."""
-    ways = [_random_matmul, _random_conv1x1] if device.type == "cpu" else [_random_matmul]
-    rates = [_matmul_rate(way, device, dtype, side, repeats, budget / len(ways)) for way in ways]
+def _fastest_rate(device: torch.device, dtype: torch.dtype, side: int, repeats: int, budget: float) -> Rate:
+    """TFLOP/s of the fastest arithmetic that is known here."""
+    ways = [_random_matmul, _random_conv3x3] if device.type == "cpu" else [_random_matmul]
+    rates = [_arithmetic_rate(way, device, dtype, side, repeats, budget / len(ways)) for way in ways]
     return max(rates, key=lambda rate: rate.median)
 
 
-def _matmul_rate(
-    product: Callable[[torch.device, torch.dtype, int], Callable[[], object]],
+def _arithmetic_rate(
+    way: Callable[[torch.device, torch.dtype, int], Work],
     device: torch.device,
     dtype: torch.dtype,
     side: int,
     repeats: int,
     budget: float,
 ) -> Rate:
-    """TFLOP/s of a square product: of ``side``, or of the largest half, quarter ... of it that fits in ``budget`` seconds."""
+    """TFLOP/s of work of size ``side``, or of the largest half, quarter ... of that which fits in ``budget`` seconds."""
     sides = [side]
-    while sides[0] > SMALLEST_MATMUL:
+    while sides[0] > SMALLEST_SIDE:
         sides.insert(0, sides[0] // 2)
     for now in sides:
-        call = product(device, dtype, now)
+        call, flops = way(device, dtype, now)
         once = _seconds(call, device, 1)[0]
         if 8 * once * (2 * WARMUP + 1 + FEWEST_REPEATS) > budget:
             break
     fit = min(repeats, max(FEWEST_REPEATS, int(budget / once)))
-    return Rate.of([2 * now**3 / seconds / 1e12 for seconds in _seconds(call, device, fit)])
+    return Rate.of([flops / seconds / 1e12 for seconds in _seconds(call, device, fit)])
 
 
 def _can_matmul(device: torch.device, dtype: str) -> bool:
@@ -320,7 +333,7 @@ def _can_matmul(device: torch.device, dtype: str) -> bool:
     if dtype == "tf32":
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        _random_matmul(device, DTYPES[dtype], 16)()
+        _random_matmul(device, DTYPES[dtype], 16).call()
     except RuntimeError:
         return False
     return True
@@ -331,7 +344,7 @@ def measure_ceilings(
     dtypes: Iterable[str],
     *,
     copy_bytes: int | None = None,
-    matmul_side: int | None = None,
+    arithmetic_side: int | None = None,
     repeats: int = 20,
     budget: float = 4.0,
 ) -> Ceilings:
@@ -342,9 +355,9 @@ def measure_ceilings(
         dtypes: names in ``DTYPES``; those in which the device cannot multiply are left out of the result.
         copy_bytes: size of the buffer that is copied, beyond any cache; by default 256 MiB or more on a CPU, and on a GPU
             2 GiB or a quarter of the free memory, whichever is less.
-        matmul_side: of the square matrices; by default 2048 on a CPU and 8192 on a GPU.
+        arithmetic_side: of the square matrices, and a measure of the convolution; by default 2048 on a CPU and 8192 on a GPU.
         repeats: timed runs of each.
-        budget: seconds for each dtype's products; smaller matrices and fewer runs keep a slow one within it.
+        budget: seconds for each dtype's arithmetic; smaller sizes and fewer runs keep a slow one within it.
 
     Raises:
         ValueError: ``device`` is neither a CPU nor a GPU, or ``repeats`` is not positive.
@@ -357,13 +370,13 @@ def measure_ceilings(
         copy_bytes = max(COPY_BYTES["cpu"], LEAST_CACHES * last_cache_bytes())
     elif copy_bytes is None:
         copy_bytes = min(COPY_BYTES["cuda"], torch.cuda.mem_get_info(device)[0] // 4)
-    side = matmul_side or MATMUL_SIDE[device.type]
+    side = arithmetic_side or ARITHMETIC_SIDE[device.type]
     matmul = {}
     for dtype in dtypes:
         if _can_matmul(device, dtype):
             with numerics(dtype):
-                matmul[dtype] = _product_rate(device, DTYPES[dtype], side, repeats, budget)
-    # The copy comes last: the products have raised the clocks by then.
+                matmul[dtype] = _fastest_rate(device, DTYPES[dtype], side, repeats, budget)
+    # The copy comes last: the arithmetic has raised the clocks by then.
     return Ceilings(_copy_rate(device, copy_bytes, repeats), matmul)
 
 
@@ -381,13 +394,13 @@ def floor_ms(counts: Counts, ceilings: Ceilings, dtype: str) -> Floor | None:
     use them on a processor without half-precision arithmetic. None if ``dtype`` has no ceiling.
 
     The floor is no hard limit. The copy's ceiling is that of large copies, so a small problem whose data stays in a cache
-    faster than device memory can take less time; so can an algorithm with fewer FLOPs than are counted, and convolutions that
-    run faster than the library's matrix product.
+    faster than device memory can take less time; so can an algorithm with fewer FLOPs than are counted, and a library that
+    computes faster than those of the ceiling.
     """
-    rate = ceilings.matmul_tflop_per_s.get(dtype)
+    rate = ceilings.arithmetic_tflop_per_s.get(dtype)
     if rate is None:
         return None
-    tflop_per_s = max(rate.median, ceilings.matmul_tflop_per_s.get("fp32", rate).median)
+    tflop_per_s = max(rate.median, ceilings.arithmetic_tflop_per_s.get("fp32", rate).median)
     compute = counts.flops / (tflop_per_s * 1e9)
     memory = counts.bytes / (ceilings.copy_gb_per_s.median * 1e6)
     return Floor(compute, "compute") if compute >= memory else Floor(memory, "memory")

@@ -65,7 +65,7 @@ class Plan:
 
 def measured_ceilings(plan: Plan) -> Ceilings:
     """The ceilings of the plan's dtypes, as they are now."""
-    small: dict[str, Any] = {"copy_bytes": 2**22, "matmul_side": 256, "repeats": 3, "budget": 0.2} if plan.quick else {}
+    small: dict[str, Any] = {"copy_bytes": 2**22, "arithmetic_side": 256, "repeats": 3, "budget": 0.2} if plan.quick else {}
     ceilings = measure_ceilings(plan.device, dict.fromkeys(case.dtype for case in plan.cases), **small)
     if plan.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -180,7 +180,7 @@ def test_rows_are_added_to_a_result_of_the_same_run(tmp_path: Path, measured: li
     old, new = (result["ceilings"]["copy_gb_per_s"]["median"] for result in (before, after))
     assert new >= old, "a ceiling once reached stays"
     for row in after["rows"]:
-        rate = after["ceilings"]["matmul_tflop_per_s"]["fp32"]["median"]
+        rate = after["ceilings"]["arithmetic_tflop_per_s"]["fp32"]["median"]
         floor = max(row["roofline"]["flops"] / rate / 1e9, row["roofline"]["bytes"] / new / 1e6)
         assert row["roofline"]["floor_ms"] == pytest.approx(floor), "all rows stand under the same ceilings"
 
@@ -455,7 +455,7 @@ def result_of(*subjects: str, **changes: Any) -> dict[str, Any]:
     made = results.new_result("cpu", {"commit": "c0ffee", "dirty": False}, {"rounds": 1, "quick": False})
     made["rows"] = [tiny_row(BASELINE, Case(subject)).to_json() | {"roofline": None} for subject in subjects]
     rate = {"median": 1.0, "p20": 0.9, "p80": 1.1, "n": 3}
-    made["ceilings"] = {"copy_gb_per_s": rate, "matmul_tflop_per_s": {"fp32": rate}}
+    made["ceilings"] = {"copy_gb_per_s": rate, "arithmetic_tflop_per_s": {"fp32": rate}}
     return made | changes
 
 
@@ -463,11 +463,11 @@ def test_results_of_one_run_merge() -> None:
     left = {"case": result_of("5b")["rows"][0]["case"], "reason": "no time"}
     first, second = result_of("5a", not_run=[left]), result_of("5b")
     faster = {"median": 2.0, "p20": 1.9, "p80": 2.1, "n": 3}
-    second["ceilings"]["matmul_tflop_per_s"] = {"fp32": faster, "bf16": faster}
+    second["ceilings"]["arithmetic_tflop_per_s"] = {"fp32": faster, "bf16": faster}
     merged_result = results.merge([first, second])
     assert [row["case"]["subject"] for row in merged_result["rows"]] == ["5a", "5b"]
     assert merged_result["not_run"] == [], "it ran in the other"
-    assert merged_result["ceilings"]["matmul_tflop_per_s"] == {"fp32": faster, "bf16": faster}
+    assert merged_result["ceilings"]["arithmetic_tflop_per_s"] == {"fp32": faster, "bf16": faster}
     for row in merged_result["rows"]:
         roofline = row["roofline"]
         assert roofline["floor_ms"] == pytest.approx(max(roofline["flops"] / 2e9, roofline["bytes"] / 1e6))

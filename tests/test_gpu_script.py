@@ -42,7 +42,7 @@ def row(provider: str, ms: float | None, subject: str = "torchvision", batch: in
 
 
 def results(*rows: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    return {"schema": 2, "git": None, "not_run": [], **fields, "rows": list(rows)}
+    return {"schema": 3, "git": None, "not_run": [], **fields, "rows": list(rows)}
 
 
 class Stage:

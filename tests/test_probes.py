@@ -369,7 +369,7 @@ def test_best_peer_is_the_fastest_right_pytorch_provider(peers: Callable[[Any], 
         row("openvino", {"wall": 1.0}, batch=16),
     ]
     machine = {"cpu": "some cpu", "gpu": {"name": "some gpu"}}
-    done = peers({"schema": 2, "kind": "benchmark", "machine": machine, "git": None, "rows": rows})
+    done = peers({"schema": 3, "kind": "benchmark", "machine": machine, "git": None, "rows": rows})
     assert done.returncode == 0, done.stderr
     line = one_json_line(done.stdout)
     assert (line["probe"], line["ok"], line["device"]) == ("E3", True, "some gpu")
@@ -387,10 +387,10 @@ def test_best_peer_is_the_fastest_right_pytorch_provider(peers: Callable[[Any], 
     ("content", "reason"),
     [
         ("{not json", "is not JSON"),
-        ({"schema": 1, "rows": []}, "schema is 1, expected 2"),
-        ([1, 2], "schema is 'list', expected 2"),
-        ({"schema": 2}, "has no list of rows"),
-        ({"schema": 2, "rows": [{"provider": "eager", "case": {"subject": "3a"}}]}, "row 0 lacks"),
+        ({"schema": 1, "rows": []}, "schema is 1, expected 3"),
+        ([1, 2], "schema is 'list', expected 3"),
+        ({"schema": 3}, "has no list of rows"),
+        ({"schema": 3, "rows": [{"provider": "eager", "case": {"subject": "3a"}}]}, "row 0 lacks"),
     ],
 )
 def test_bad_result_file_is_one_line(

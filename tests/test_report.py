@@ -98,7 +98,7 @@ def run(device: str, measured: list[Data], **changes: Any) -> Data:
         "driver": "580.1",
     }
     return {
-        "schema": 2,
+        "schema": 3,
         "kind": "benchmark",
         "device": device,
         "created": "2026-11-23T10:00:00+00:00",
@@ -122,7 +122,7 @@ def run(device: str, measured: list[Data], **changes: Any) -> Data:
         ]
         if device == "cuda"
         else [],
-        "ceilings": {"copy_gb_per_s": rate(20.0), "matmul_tflop_per_s": {"fp32": rate(1.6), "bf16": rate(3.0)}},
+        "ceilings": {"copy_gb_per_s": rate(20.0), "arithmetic_tflop_per_s": {"fp32": rate(1.6), "bf16": rate(3.0)}},
         "rows": measured,
         "not_run": [],
     } | changes
@@ -303,7 +303,7 @@ def test_the_heading_says_on_what_and_of_what_commit(changes: Data, said: str) -
     text = cpu_tables(cpu_run() | changes)
     assert text.startswith("### AMD EPYC, 2 threads\n")
     assert f"AVX512; Linux x86_64, Python 3.12.3; torch 2.14.1, oneDNN 3.12.0; {said}" in text
-    ceilings = "device copy 20.0 (19.0–20.4) GB/s; matrix product in TFLOP/s: fp32 1.60 (1.52–1.63), bf16 3.00 (2.85–3.06)."
+    ceilings = "device copy 20.0 (19.0–20.4) GB/s; arithmetic in TFLOP/s: fp32 1.60 (1.52–1.63), bf16 3.00 (2.85–3.06)."
     assert ceilings in text
 
 
@@ -496,14 +496,14 @@ def test_charts_show_the_smallest_and_the_largest_batch() -> None:
 def test_the_roofline_chart_has_ours_and_plain_pytorch_below_the_ceilings_of_the_run() -> None:
     panels = {(panel.dtype, panel.batch): panel for panel in roofline_panels(result(cpu_run()))}
     panel = panels["fp32", 1]
-    assert (panel.copy, panel.matmul) == (20.0, 1.6)
+    assert (panel.copy, panel.arithmetic) == (20.0, 1.6)
     points = {point.label: point for point in panel.points}
     assert set(points) == {"torchvision", "bvlc", "3a", "3b"}
     assert points["torchvision"].intensity == FLOPS / BYTES
     assert points["torchvision"].ours == pytest.approx(6.0 / 16.0)
     assert points["torchvision"].baseline == pytest.approx(6.0 / 40.0)
     (fp16,) = roofline_panels(result(run("cpu", rows(case(dtype="fp16"), {"eager": 31.0, "fused_cpu": 15.5}))))
-    assert fp16.matmul is None, "no product was measured in it"
+    assert fp16.arithmetic is None, "no product was measured in it"
 
 
 def test_the_roofline_chart_leaves_out_panels_of_few_points() -> None:
@@ -717,7 +717,7 @@ BAD = {
     "\x00": "is not JSON",
     "[]": "the file must be an object, got list",
     "{}": "schema is missing",
-    '{"schema": 1}': "schema 1 is not 2: measure again with python -m benchmarks.run",
+    '{"schema": 1}': "schema 1 is not 3: measure again with python -m benchmarks.run",
     changed("kind", to="probe"): "kind must be one of benchmark, got 'probe'",
     changed("device", to="tpu"): "device must be one of cpu, cuda, got 'tpu'",
     changed("device", to="cuda"): "machine.gpu must be object, got None",

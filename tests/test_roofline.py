@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -268,9 +267,9 @@ def test_a_rate_summarises_samples() -> None:
 
 
 def test_ceilings_of_this_processor() -> None:
-    ceilings = measure_ceilings(CPU, ["fp32", "tf32", "bf16"], copy_bytes=1 << 20, matmul_side=64, repeats=5)
-    assert list(ceilings.matmul_tflop_per_s) == ["fp32", "bf16"]  # a CPU has no TF32
-    for each in (ceilings.copy_gb_per_s, *ceilings.matmul_tflop_per_s.values()):
+    ceilings = measure_ceilings(CPU, ["fp32", "tf32", "bf16"], copy_bytes=1 << 20, arithmetic_side=64, repeats=5)
+    assert list(ceilings.arithmetic_tflop_per_s) == ["fp32", "bf16"]  # a CPU has no TF32
+    for each in (ceilings.copy_gb_per_s, *ceilings.arithmetic_tflop_per_s.values()):
         assert 0 < each.p20 <= each.median <= each.p80 < math.inf
         assert each.n == 5
     assert Ceilings.from_json(json.loads(json.dumps(ceilings.to_json()))) == ceilings
@@ -284,10 +283,10 @@ def test_rates_count_all_bytes_and_flops(monkeypatch: pytest.MonkeyPatch) -> Non
         return [1e-3] * repeats
 
     monkeypatch.setattr(roofline, "_seconds", one_millisecond)
-    ceilings = measure_ceilings(CPU, ["fp32"], copy_bytes=10**6, matmul_side=100, repeats=20)
+    ceilings = measure_ceilings(CPU, ["fp32"], copy_bytes=10**6, arithmetic_side=100, repeats=20)
     assert ceilings.copy_gb_per_s.median == pytest.approx(2.0)  # 1 MB read and 1 MB written
-    assert ceilings.matmul_tflop_per_s["fp32"].median == pytest.approx(2e-3)  # 100 x 100 x 100 products and sums
-    assert sizes == [1, 20, 1, 20, 20], "on a CPU two libraries multiply"
+    assert ceilings.arithmetic_tflop_per_s["fp32"].median == pytest.approx(2e-3)  # 100 x 100 x 100 products and sums
+    assert sizes == [1, 20, 1, 20, 20], "on a CPU a product and a convolution"
 
 
 def test_a_slow_product_is_measured_on_smaller_matrices_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,30 +295,30 @@ def test_a_slow_product_is_measured_on_smaller_matrices_and_less_often(monkeypat
 
     side = [0]
 
-    def product(device: torch.device, dtype: torch.dtype, now: int) -> Callable[[], object]:
+    def product(device: torch.device, dtype: torch.dtype, now: int) -> roofline.Work:
         side[0] = now
-        return lambda: None
+        return roofline.Work(lambda: None, 2 * now**3)
 
     monkeypatch.setattr(roofline, "_seconds", a_second_at_512)
-    found = roofline._matmul_rate(product, CPU, torch.float32, 2048, repeats=20, budget=10.0)
+    found = roofline._arithmetic_rate(product, CPU, torch.float32, 2048, repeats=20, budget=10.0)
     assert side == [512]
     assert found.n == 10
     assert found.median == pytest.approx(2 * 512**3 / 1e12)
-    assert roofline._matmul_rate(product, CPU, torch.float32, 2048, repeats=20, budget=0.01).n == 3
+    assert roofline._arithmetic_rate(product, CPU, torch.float32, 2048, repeats=20, budget=0.01).n == 3
     assert side == [256]
 
 
 def test_a_dtype_the_device_cannot_multiply_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     real = roofline._random_matmul
 
-    def no_bf16(device: torch.device, dtype: torch.dtype, side: int) -> object:
+    def no_bf16(device: torch.device, dtype: torch.dtype, side: int) -> roofline.Work:
         if dtype == torch.bfloat16:
             raise RuntimeError("not implemented for 'BFloat16'")
         return real(device, dtype, side)
 
     monkeypatch.setattr(roofline, "_random_matmul", no_bf16)
-    ceilings = measure_ceilings(CPU, ["bf16", "fp32"], copy_bytes=1 << 20, matmul_side=32, repeats=2)
-    assert list(ceilings.matmul_tflop_per_s) == ["fp32"]
+    ceilings = measure_ceilings(CPU, ["bf16", "fp32"], copy_bytes=1 << 20, arithmetic_side=32, repeats=2)
+    assert list(ceilings.arithmetic_tflop_per_s) == ["fp32"]
 
 
 def test_each_dtype_is_measured_under_its_own_tf32_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,20 +332,27 @@ def test_each_dtype_is_measured_under_its_own_tf32_flags(monkeypatch: pytest.Mon
         return rate(1.0)
 
     monkeypatch.setattr(roofline, "_can_matmul", lambda device, dtype: True)
-    monkeypatch.setattr(roofline, "_matmul_rate", record)
+    monkeypatch.setattr(roofline, "_arithmetic_rate", record)
     before = flags()
     measure_ceilings(CPU, ["tf32", "fp32"], copy_bytes=1 << 10, repeats=1)
     assert list(dict.fromkeys(seen)) == [(True, True), (False, False)]
     assert flags() == before
 
 
-def test_a_ceiling_is_that_of_the_faster_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = {roofline._random_matmul: 1.0, roofline._random_conv1x1: 2.0}
-    monkeypatch.setattr(roofline, "_matmul_rate", lambda way, *_: rate(rates[way]))
-    assert measure_ceilings(CPU, ["fp32"], copy_bytes=1 << 10, repeats=1).matmul_tflop_per_s["fp32"].median == 2.0
-    convolved = roofline._random_conv1x1(CPU, torch.float32, 8)()
-    assert isinstance(convolved, torch.Tensor)
-    assert convolved.shape == (1, 8, 1, 8), "as many sums of as many products as in the matrix product"
+def test_a_ceiling_is_that_of_the_faster_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {roofline._random_matmul: 1.0, roofline._random_conv3x3: 2.0}
+    monkeypatch.setattr(roofline, "_arithmetic_rate", lambda way, *_: rate(rates[way]))
+    assert measure_ceilings(CPU, ["fp32"], copy_bytes=1 << 10, repeats=1).arithmetic_tflop_per_s["fp32"].median == 2.0
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    for way, shape in ((roofline._random_matmul, (64, 64)), (roofline._random_conv3x3, (4, 8, 1, 1))):
+        work = way(CPU, torch.float32, 64)
+        with FlopCounterMode(display=False) as counter:
+            result = work.call()
+        assert isinstance(result, torch.Tensor)
+        assert result.shape == shape
+        assert work.flops == counter.get_total_flops()
 
 
 def test_the_higher_of_two_ceilings_counts() -> None:
@@ -359,11 +365,13 @@ def test_the_higher_of_two_ceilings_counts() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_ceilings_of_a_gpu() -> None:
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    ceilings = measure_ceilings(torch.device("cuda"), ["fp32", "tf32", "fp16"], copy_bytes=1 << 28, matmul_side=4096, repeats=5)
+    ceilings = measure_ceilings(
+        torch.device("cuda"), ["fp32", "tf32", "fp16"], copy_bytes=1 << 28, arithmetic_side=4096, repeats=5
+    )
     assert flags == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     assert ceilings.copy_gb_per_s.median > 10
-    if "tf32" in ceilings.matmul_tflop_per_s:
-        assert ceilings.matmul_tflop_per_s["tf32"].median > 1.5 * ceilings.matmul_tflop_per_s["fp32"].median
+    if "tf32" in ceilings.arithmetic_tflop_per_s:
+        assert ceilings.arithmetic_tflop_per_s["tf32"].median > 1.5 * ceilings.arithmetic_tflop_per_s["fp32"].median
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class RooflinePanel:
     dtype: str
     batch: int
     copy: float
-    matmul: float | None
+    arithmetic: float | None
     points: Sequence[Point]
 
 
@@ -60,11 +60,11 @@ def roofline_panels(result: Result) -> list[RooflinePanel]:
     """
     ours = our_provider(result)
     rows = [row for row in timed(result.rows) if row["roofline"] is not None and row["provider"] in (ours, BASELINE)]
-    copy, products = (result.data["ceilings"][name] for name in ("copy_gb_per_s", "matmul_tflop_per_s"))
+    copy, rates = (result.data["ceilings"][name] for name in ("copy_gb_per_s", "arithmetic_tflop_per_s"))
     panels = []
     for (dtype, batch), of_panel in by_dtype_and_batch(rows).items():
-        matmul = products[dtype]["median"] if dtype in products else None
-        panels.append(RooflinePanel(dtype, batch, copy["median"], matmul, _points(of_panel, ours)))
+        arithmetic = rates[dtype]["median"] if dtype in rates else None
+        panels.append(RooflinePanel(dtype, batch, copy["median"], arithmetic, _points(of_panel, ours)))
     panels = [panel for panel in panels if len(panel.points) >= FEWEST_POINTS] or panels
     batches = ends(panel.batch for panel in panels)
     return [panel for panel in panels if panel.batch in batches]
@@ -121,15 +121,15 @@ def draw_roofline(result: Result, path: Path) -> Path:
 def _intensities(panels: Sequence[RooflinePanel]) -> tuple[float, float]:
     """Where the horizontal axes begin and end: all the points and the ridges of all panels lie well inside."""
     found = [point.intensity for panel in panels for point in panel.points]
-    found += [1e3 * panel.matmul / panel.copy for panel in panels if panel.matmul is not None]
+    found += [1e3 * panel.arithmetic / panel.copy for panel in panels if panel.arithmetic is not None]
     return min(found) / 2.2, max(found) * 1.8
 
 
 def _lines_and_points(axes: Axes, panel: RooflinePanel, limits: tuple[float, float], ours: str) -> None:
     left, right = limits
     slope = panel.copy / 1e3
-    ridge = right if panel.matmul is None else panel.matmul / slope
-    xs = [left, ridge] if panel.matmul is None else [left, ridge, right]
+    ridge = right if panel.arithmetic is None else panel.arithmetic / slope
+    xs = [left, ridge] if panel.arithmetic is None else [left, ridge, right]
     axes.plot(xs, [slope * min(x, ridge) for x in xs], color=INK, linewidth=1.6, label="roofline")
     for point in panel.points:
         if point.ours is not None and point.baseline is not None:
@@ -157,14 +157,14 @@ def _lines_and_points(axes: Axes, panel: RooflinePanel, limits: tuple[float, flo
     start = max(left, axes.get_ylim()[0] / slope)
     middle = math.sqrt(start * ridge)
     _note(axes, f"copy\n{_number(panel.copy)} GB/s", (middle, middle * slope), ha="left", va="top", offset=(6, 0))
-    if panel.matmul is not None:
-        text = f"matrix product {_number(panel.matmul)} TFLOP/s"
+    if panel.arithmetic is not None:
+        text = f"arithmetic {_number(panel.arithmetic)} TFLOP/s"
         # At the end of its line where points leave it more room.
         first = min((point.intensity for point in panel.points if point.intensity > ridge), default=right)
         if first / ridge > right / max(point.intensity for point in panel.points):
-            _note(axes, text, (ridge, panel.matmul), ha="left", va="bottom", offset=(4, 2))
+            _note(axes, text, (ridge, panel.arithmetic), ha="left", va="bottom", offset=(4, 2))
         else:
-            _note(axes, text, (right, panel.matmul), ha="right", va="bottom", offset=(-4, 2))
+            _note(axes, text, (right, panel.arithmetic), ha="right", va="bottom", offset=(-4, 2))
 
 
 def _number(value: float) -> str:

@@ -1,6 +1,6 @@
 """Probe E3: the best PyTorch peer of every case that `python -m benchmarks.run` measured.
 
-Measures nothing: it reads a result file (schema 2) and prints one JSON line with, for every case (module or network, batch,
+Measures nothing: it reads a result file (schema 3) and prints one JSON line with, for every case (module or network, batch,
 dtype, mode, side), the fastest provider that is plain PyTorch, its ms a call, and its percent of the roofline. Providers are
 compared by the same metric: "graph" (device time of a replayed CUDA graph) where any of them has it, else "wall". Rows that
 are not "ok" do not count.
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 CASE_KEYS = ("subject", "batch", "dtype", "mode", "side")
 METRICS = ("graph", "wall")
 
@@ -29,7 +29,7 @@ def is_pytorch(provider: str) -> bool:
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result file at `path` and its rows. Raises ValueError with the reason when it is not a result file of schema 2."""
+    """The result file at `path` and its rows. Raises ValueError with the reason when it is not a result file of schema 3."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

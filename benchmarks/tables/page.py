@@ -15,11 +15,11 @@ READING = (
     "a replayed CUDA graph. `wall`: eager wall time. `graph_cold`, `wall_cold`: the same with inputs and outputs rotated "
     "beyond the last cache, medians. `host`: time until the call returns, median. n: timed calls of the first of these that a "
     "row has, `graph` before `wall`; % of the roofline is of the same. The roofline is the time that the arithmetic or the "
-    "least traffic of a case needs at the ceilings above, whichever is longer. Above 100 %, convolutions ran faster than the "
-    "matrix product that is the ceiling, a problem stayed in a cache, or an algorithm needed fewer operations than are "
-    "counted. Errors are against fp64, relative to the largest value and to the root mean square of the output; of a training "
-    "step, the largest and the mean of its parameters' gradients, each relative to its own root mean square. The CSV file "
-    "holds every percentile."
+    "least traffic of a case needs at the ceilings above, whichever is longer. Above 100 %, a problem stayed in a cache, an "
+    "algorithm needed fewer operations than are counted, or arithmetic ran faster than that of the ceiling. Errors are "
+    "against fp64, relative to the largest value and to the root mean square of the output; of a training step, the largest "
+    "and the mean of its parameters' gradients, each relative to its own root mean square. The CSV file holds every "
+    "percentile."
 )
 
 

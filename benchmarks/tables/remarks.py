@@ -50,10 +50,10 @@ def _clocks(clocks: Sequence[Mapping[str, Any]]) -> str:
 
 def ceilings(result: Result) -> str:
     measured = result.data["ceilings"]
-    matmul = measured["matmul_tflop_per_s"]
-    products = [f"{dtype} {spread(matmul[dtype])}" for dtype in DTYPES if dtype in matmul]
+    arithmetic = measured["arithmetic_tflop_per_s"]
+    rates = [f"{dtype} {spread(arithmetic[dtype])}" for dtype in DTYPES if dtype in arithmetic]
     said = f"Ceilings measured in the same run: device copy {spread(measured['copy_gb_per_s'])} GB/s"
-    return f"{said}; matrix product in TFLOP/s: {', '.join(products)}." if products else f"{said}."
+    return f"{said}; arithmetic in TFLOP/s: {', '.join(rates)}." if rates else f"{said}."
 
 
 def what_is_bold(ours: str | None) -> str:
