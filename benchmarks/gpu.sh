@@ -96,7 +96,7 @@ case $BUDGET in
 esac
 [ "$BUDGET_OK" = 1 ] || refuse "--budget must be a whole number of seconds from 30 to 99999, got '$BUDGET'"
 IFS=, read -r -a SELECTED <<<"$WANTED"
-case $COMMIT in *[!0-9a-f]*) refuse "--commit must be a hash of hexadecimal digits, got '$COMMIT'" ;; esac
+[[ $COMMIT =~ ^([0-9a-f]{4,40})?$ ]] || refuse "--commit must be a hash, 4 to 40 hexadecimal digits, got '$COMMIT'"
 [ ${#SELECTED[@]} -gt 0 ] || refuse "--stages must name a stage, got '$WANTED': choose from $(names_of_stages)"
 seen=,
 for stage in "${SELECTED[@]}"; do
@@ -334,13 +334,14 @@ stage_probes() {
     else
         note 'e4_triton_tma: triton is not installed'
     fi
+    if [ -z "$no_gpu" ] && [ -f "$OUTPUT/results.json" ] && [ -f benchmarks/probes/e3_peers.py ]; then
+        any=1
+        probe e3_peers "$PYTHON" benchmarks/probes/e3_peers.py "$OUTPUT/results.json"
+    fi
     if [ -z "$any" ]; then
         skip 'there is nothing to build or run them with'
     elif [ -n "$no_gpu" ]; then
         note "compiled only, $no_gpu"
-    fi
-    if [ -z "$no_gpu" ] && [ -f "$OUTPUT/results.json" ] && [ -f benchmarks/probes/e3_peers.py ]; then
-        probe e3_peers "$PYTHON" benchmarks/probes/e3_peers.py "$OUTPUT/results.json"
     fi
 }
 
@@ -436,7 +437,7 @@ detect() { # sets no_gpu, the reason or nothing, and machine
         no_gpu="torch could not be asked for a CUDA device: the interpreter ended with exit code $answer"
         machine="unknown: $(tail -n 1 "$SCRATCH/detect")"
     elif [ -z "$no_gpu" ]; then
-        no_gpu="'$PYTHON' answered nothing: it is no Python"
+        no_gpu="it is no Python and answered nothing: '$PYTHON'"
         machine=unknown
     elif [ "$no_gpu" = cuda ]; then
         no_gpu=''

@@ -51,6 +51,8 @@ def compiled(name: str, title: str, *, own_graph: bool = False, trains: bool = T
         try:
             x = bench.channels_last(workload.input(seed=0))
             bench.run_of(workload, model, x)()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no compiler, no Python headers, an unsupported platform: Inductor raises its own for each
             raise Unavailable(f"torch.compile fails here: {bench.first_line(error)}") from error
 

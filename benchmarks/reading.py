@@ -165,7 +165,7 @@ def _spread(of: Any, name: str, where: str) -> None:
 def _check(data: Any) -> None:
     schema = _field(data, "schema", int)
     if schema != SCHEMA:
-        raise _Fault(f"schema {schema} is not {SCHEMA}: measure again with python -m benchmarks.run")
+        raise _Fault(f"schema {schema} is not {SCHEMA}: measure again with python -m benchmarks.run --replace")
     _choice(data, "kind", (KIND,), "")
     device = _choice(data, "device", DEVICES, "")
     _field(data, "created", str)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -219,32 +218,44 @@ def add(files: Sequence[Path], folder: Path, *, replace: bool = False) -> Path:
         ReportError: a file is not a result, or of a trial, or empty; the files are of two machines or cannot be merged; or
             rows would be lost.
     """
-    from benchmarks.results import file_name
+    from benchmarks import results
 
     given = [read_file(path) for path in files]
+    check_publishable(given)
     for result in given:
-        if result.data["settings"].get("quick"):
-            raise ReportError(
-                f"--add: {result.path} is of a trial (--quick), which is nothing to publish: measure without --quick"
-            )
         if not result.rows:
             raise ReportError(f"--add: {result.path} holds no rows: nothing was measured")
     new = one(given)
-    path = folder / file_name(new.data)
+    rows = [(case_of(row), row["provider"]) for row in new.rows]
+    path = folder / results.file_name(new.data)
     if path.is_file():
         old = read_file(path)
-        if all(old.data[name] == new.data[name] for name in ("versions", "git")):
-            new = one([old, new])
-        elif (gone := lost(old.rows, ((case_of(row), row["provider"]) for row in new.rows))) and not replace:
+        same_run = all(old.data[name] == new.data[name] for name in ("versions", "git"))
+        cases = {case for case, _ in rows}
+        gone = lost([row for row in old.rows if not same_run or case_of(row) in cases], rows)
+        if gone and not replace:
+            why = "holds" if same_run else "is of other versions or another commit and holds"
             raise ReportError(
-                f"--add: {path} is of other versions or another commit and holds {len(gone)} rows that the new figures lack, "
-                f"the first {gone[0]}: measure those too, or give --replace to lose them"
+                f"--add: {path} {why} {len(gone)} rows that the new figures lack, the first {gone[0]}: measure those too, or "
+                "give --replace to lose them"
             )
+        if same_run:
+            new = one([old, new])
         else:
             print(f"{path.name}: the new figures take the place of those of {facts(old)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(new.data, indent=1) + "\n", encoding="utf-8")
+    results.write(new.data, path)
     return path
+
+
+def check_publishable(found: Sequence[Result]) -> None:
+    """Refuses trials.
+
+    Raises:
+        ReportError: one is among them.
+    """
+    for result in found:
+        if result.data["settings"].get("quick"):
+            raise ReportError(f"{result.path} is of a trial (--quick), which is nothing to publish: measure without --quick")
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -257,15 +268,19 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     arguments = parser.parse_args(argv)
     if arguments.check and arguments.add:
         parser.error("--check writes nothing and --add does: give one of them")
+    if arguments.replace and not arguments.add:
+        parser.error("--replace is about --add: give the files to take in")
     folder = root / "benchmarks" / "results"
     try:
         if arguments.add:
             print(f"wrote {add(arguments.add, folder, replace=arguments.replace)}")
-        results = by_machine(read(folder))
+        found = read(folder)
+        check_publishable(found)
+        results = by_machine(found)
         if not arguments.check:
             write(results, root)
-        elif found := stale(results, root) + leftovers(results, root):
-            names = ", ".join(str(path.relative_to(root)) for path in found)
+        elif old := stale(results, root) + leftovers(results, root):
+            names = ", ".join(str(path.relative_to(root)) for path in old)
             raise ReportError(f"not what benchmarks/results says: {names}; run {COMMAND}")
     except (ReportError, ChartError) as error:
         print(f"benchmarks.report: error: {error}", file=sys.stderr)

@@ -186,9 +186,16 @@ def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         add_rows(merged, result["rows"])
         for entry in result["not_run"]:
             add_not_run(merged, [Case(**entry["case"])], entry["reason"])
+        merged["settings"] = both_settings(merged["settings"], result["settings"])
         merged["clocks"] = [*merged["clocks"], *result["clocks"]]
         add_ceilings(merged, Ceilings.from_json(result["ceilings"]))
     return merged
+
+
+def both_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first's, with the providers of both."""
+    names = dict.fromkeys([*first.get("providers", ()), *second.get("providers", ())])
+    return {**first, "providers": list(names)} if names else dict(first)
 
 
 def add_ceilings(result: dict[str, Any], measured: Ceilings) -> None:

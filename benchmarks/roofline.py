@@ -238,8 +238,8 @@ class Ceilings:
         Raises:
             KeyError: a field is missing.
         """
-        matmul = {dtype: Rate.from_json(rate) for dtype, rate in data["arithmetic_tflop_per_s"].items()}
-        return cls(Rate.from_json(data["copy_gb_per_s"]), matmul)
+        arithmetic = {dtype: Rate.from_json(rate) for dtype, rate in data["arithmetic_tflop_per_s"].items()}
+        return cls(Rate.from_json(data["copy_gb_per_s"]), arithmetic)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
@@ -279,6 +279,9 @@ class Work(NamedTuple):
     flops: int
 
 
+Way = Callable[[torch.device, torch.dtype, int], Work]
+
+
 def _random_matmul(device: torch.device, dtype: torch.dtype, side: int) -> Work:
     """A product of square matrices; of random numbers, because zeros take less power and so run faster than any real data."""
     generator = torch.Generator(device).manual_seed(0)
@@ -300,40 +303,41 @@ def _random_conv3x3(device: torch.device, dtype: torch.dtype, side: int) -> Work
     return Work(lambda: torch.nn.functional.conv2d(x, weight, padding=1), flops)
 
 
+def _ways(device: torch.device) -> list[Way]:
+    return [_random_matmul, _random_conv3x3] if device.type == "cpu" else [_random_matmul]
+
+
 def _fastest_rate(device: torch.device, dtype: torch.dtype, side: int, repeats: int, budget: float) -> Rate:
     """TFLOP/s of the fastest arithmetic that is known here."""
-    ways = [_random_matmul, _random_conv3x3] if device.type == "cpu" else [_random_matmul]
+    ways = _ways(device)
     rates = [_arithmetic_rate(way, device, dtype, side, repeats, budget / len(ways)) for way in ways]
     return max(rates, key=lambda rate: rate.median)
 
 
-def _arithmetic_rate(
-    way: Callable[[torch.device, torch.dtype, int], Work],
-    device: torch.device,
-    dtype: torch.dtype,
-    side: int,
-    repeats: int,
-    budget: float,
-) -> Rate:
+def _arithmetic_rate(way: Way, device: torch.device, dtype: torch.dtype, side: int, repeats: int, budget: float) -> Rate:
     """TFLOP/s of work of size ``side``, or of the largest half, quarter ... of that which fits in ``budget`` seconds."""
     sides = [side]
     while sides[0] > SMALLEST_SIDE:
         sides.insert(0, sides[0] // 2)
-    for now in sides:
-        call, flops = way(device, dtype, now)
-        once = _seconds(call, device, 1)[0]
-        if 8 * once * (2 * WARMUP + 1 + FEWEST_REPEATS) > budget:
+    work = way(device, dtype, sides[0])
+    once = _seconds(work.call, device, 1)[0]
+    for larger in sides[1:]:
+        next_work = way(device, dtype, larger)
+        if once * next_work.flops / work.flops * (2 * WARMUP + 1 + FEWEST_REPEATS) > budget:
             break
+        work = next_work
+        once = _seconds(work.call, device, 1)[0]
     fit = min(repeats, max(FEWEST_REPEATS, int(budget / once)))
-    return Rate.of([flops / seconds / 1e12 for seconds in _seconds(call, device, fit)])
+    return Rate.of([work.flops / seconds / 1e12 for seconds in _seconds(work.call, device, fit)])
 
 
-def _can_matmul(device: torch.device, dtype: str) -> bool:
-    """Whether the device multiplies matrices in ``dtype``."""
+def _can_compute(device: torch.device, dtype: str) -> bool:
+    """Whether the device has the arithmetic that is measured, in ``dtype``."""
     if dtype == "tf32":
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        _random_matmul(device, DTYPES[dtype], 16).call()
+        for way in _ways(device):
+            way(device, DTYPES[dtype], 16).call()
     except RuntimeError:
         return False
     return True
@@ -348,11 +352,11 @@ def measure_ceilings(
     repeats: int = 20,
     budget: float = 4.0,
 ) -> Ceilings:
-    """Measures how fast ``device`` copies within its own memory and how fast it multiplies matrices.
+    """Measures how fast ``device`` copies within its own memory and how fast it computes.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        dtypes: names in ``DTYPES``; those in which the device cannot multiply are left out of the result.
+        dtypes: names in ``DTYPES``; those in which the device cannot compute are left out of the result.
         copy_bytes: size of the buffer that is copied, beyond any cache; by default 256 MiB or more on a CPU, and on a GPU
             2 GiB or a quarter of the free memory, whichever is less.
         arithmetic_side: of the square matrices, and a measure of the convolution; by default 2048 on a CPU and 8192 on a GPU.
@@ -371,13 +375,13 @@ def measure_ceilings(
     elif copy_bytes is None:
         copy_bytes = min(COPY_BYTES["cuda"], torch.cuda.mem_get_info(device)[0] // 4)
     side = arithmetic_side or ARITHMETIC_SIDE[device.type]
-    matmul = {}
+    arithmetic = {}
     for dtype in dtypes:
-        if _can_matmul(device, dtype):
+        if _can_compute(device, dtype):
             with numerics(dtype):
-                matmul[dtype] = _fastest_rate(device, DTYPES[dtype], side, repeats, budget)
+                arithmetic[dtype] = _fastest_rate(device, DTYPES[dtype], side, repeats, budget)
     # The copy comes last: the arithmetic has raised the clocks by then.
-    return Ceilings(_copy_rate(device, copy_bytes, repeats), matmul)
+    return Ceilings(_copy_rate(device, copy_bytes, repeats), arithmetic)
 
 
 class Floor(NamedTuple):

@@ -77,7 +77,8 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
 
     Returns the rows, and how many cases broke off with an error that nobody expected.
     """
-    start, rows, broken = time.monotonic(), [], 0
+    start, broken = time.monotonic(), 0
+    rows: list[Row] = []
     with bench.progress_display("measuring") as show:
         show("ceilings", 0.0)
         results.add_ceilings(result, measured_ceilings(plan))
@@ -86,10 +87,7 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
         results.write(result, path)
         for at, case in enumerate(plan.cases):
             if plan.budget is not None and time.monotonic() - start > plan.budget:
-                reason = f"the time budget of {plan.budget:g} s was spent"
-                left = plan.cases[at:]
-                results.add_not_run(result, left, reason)
-                say(f"{len(left)} of {len(plan.cases)} cases not run: {reason}")
+                leave_out(result, plan, at, f"the time budget of {plan.budget:g} s was spent")
                 break
 
             def progress(what: str, done: float, at: int = at, case: Case = case) -> None:
@@ -100,6 +98,11 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
                 torch.compiler.reset()  # it compiles no more than a few models of one class
                 workload = bench.build_workload(case, plan.device)
                 found = bench.measure(workload, plan.providers, plan.schedule(case), progress=progress)
+            except bench.DeviceBroken as error:
+                broken += 1
+                leave_out(result, plan, at, str(error))
+                results.write(result, path)
+                return rows, broken
             except Exception as error:  # one case must not cost the others, whatever a runtime raises
                 results.add_not_run(result, [case], bench.first_line(error))
                 say(f"{case}: not run: {bench.first_line(error)}")
@@ -110,13 +113,21 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
                 results.add_rows(result, [{**row, "roofline": results.roofline(row, ceilings)} for row in new])
                 say(one_line(case, found, time.monotonic() - began))
             if plan.device.type == "cuda":
-                torch.cuda.empty_cache()
                 result["clocks"] += [clocks] if (clocks := results.read_clocks()) else []
             results.write(result, path)
+            if plan.device.type == "cuda":
+                torch.cuda.empty_cache()
         show("ceilings again", 1.0)
         results.add_ceilings(result, measured_ceilings(plan))
     results.write(result, path)
     return rows, broken
+
+
+def leave_out(result: dict[str, Any], plan: Plan, at: int, reason: str) -> None:
+    """Records that the plan's cases from ``at`` on are not run."""
+    left = plan.cases[at:]
+    results.add_not_run(result, left, reason)
+    say(f"{len(left)} of {len(plan.cases)} cases not run: {reason}")
 
 
 def one_line(case: Case, rows: Sequence[Row], seconds: float) -> str:
@@ -160,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     into = parser.add_mutually_exclusive_group()
     into.add_argument("--append", action="store_true", help="add to a result of the same machine, versions and commit, if any")
     into.add_argument("--resume", action="store_true", help="go on with an interrupted run: measure what it left out")
-    into.add_argument("--replace", action="store_true", help="lose an earlier result, also what is not measured again")
+    parser.add_argument("--replace", action="store_true", help="lose earlier figures that are not measured again")
     parser.add_argument("--commit", metavar="HASH", help="the commit of this code, where there is no git to ask")
     parser.add_argument("--quick", action="store_true", help="a trial: two rounds, small ceilings, nothing to believe")
     parser.add_argument(
@@ -238,11 +249,14 @@ def check_nothing_is_lost(plan: Plan, unfinished: Path, final: Path) -> None:
     if not final.is_file():
         return
     old = reading.read_file(final)
-    planned = [(case, provider.name) for case in plan.cases for provider in plan.providers]
-    gone = reading.lost(old.rows, planned)
+    gone = reading.lost(old.rows, planned(plan))
     if gone or (plan.quick and old.rows and not old.data["settings"].get("quick")):
         what = f"{len(gone)} rows that this run does not measure, the first {gone[0]}" if gone else "figures of no trial"
         raise ValueError(f"{final} holds {what}: give --append to add to it, --output for another file, or --replace")
+
+
+def planned(plan: Plan) -> list[tuple[Case, str]]:
+    return [(case, provider.name) for case in plan.cases for provider in plan.providers]
 
 
 def resumed(plan: Plan, new: dict[str, Any], unfinished: Path, arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
@@ -256,7 +270,7 @@ def resumed(plan: Plan, new: dict[str, Any], unfinished: Path, arguments: argpar
     old = dict(reading.read_file(unfinished).data)
     results.check_same_run(old, new)
     left = [reading.case_of(entry) for entry in old["not_run"]]
-    names = old["settings"]["providers"]
+    names, rounds = old["settings"]["providers"], old["settings"]["rounds"]
     if any(getattr(arguments, name) != parser().get_default(name) for name in SELECTION):
         all_of_it = {reading.case_of(row) for row in old["rows"]} | set(left)
         if set(plan.cases) != all_of_it or [provider.name for provider in plan.providers] != names:
@@ -264,7 +278,32 @@ def resumed(plan: Plan, new: dict[str, Any], unfinished: Path, arguments: argpar
                 f"--resume: the interrupted run in {unfinished} is of other cases or providers; leave out "
                 f"{', '.join(f'--{name}' for name in SELECTION)} to go on with it"
             )
-    return replace(plan, cases=left, providers=lineup(plan.device.type, names)), old
+    if arguments.rounds not in (rounds, parser().get_default("rounds")):
+        raise ValueError(f"--resume: the interrupted run has --rounds {rounds}, got {arguments.rounds}; leave it out")
+    return replace(plan, cases=left, providers=lineup(plan.device.type, names), rounds=rounds), old
+
+
+def appended(plan: Plan, new: dict[str, Any], final: Path, arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
+    """What to add to a result, and that result.
+
+    The providers of a case are measured in one run, so a case with rows of others than those asked for stays as it is, unless
+    ``--replace`` is given.
+
+    Raises:
+        ValueError: the result is of another run.
+    """
+    old = dict(reading.read_file(final).data)
+    results.check_same_run(old, new)
+    names = [provider.name for provider in plan.providers]
+    old["settings"] = results.both_settings(old["settings"], new["settings"])
+    if arguments.replace:
+        return plan, old
+    richer = [row for row in old["rows"] if row["provider"] not in names and reading.case_of(row) in plan.cases]
+    kept = {reading.case_of(row) for row in richer}
+    if kept:
+        others = ", ".join(dict.fromkeys(row["title"] for row in richer))
+        say(f"{len(kept)} cases stay as they are, with figures of {others} too; give --replace to lose those")
+    return replace(plan, cases=[case for case in plan.cases if case not in kept]), old
 
 
 def begin(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any], Path, Path]:
@@ -279,13 +318,41 @@ def begin(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any], Path, Pa
     if arguments.resume:
         plan, result = resumed(plan, result, unfinished, arguments)
     elif arguments.append and final.is_file():
-        old = dict(reading.read_file(final).data)
-        results.check_same_run(old, result)
-        result = old
+        plan, result = appended(plan, result, final, arguments)
     elif not arguments.append and not arguments.replace:
         check_nothing_is_lost(plan, unfinished, final)
     results.check_writable(unfinished)
     return plan, result, unfinished, final
+
+
+def finish(result: dict[str, Any], unfinished: Path, final: Path, *, replace: bool) -> None:
+    """Puts a finished run's file in its place.
+
+    Raises:
+        ValueError: nothing was measured, or an earlier file holds figures that this run did not come to.
+    """
+    if unfinished == final:
+        return
+    if not result["rows"]:
+        unfinished.unlink()
+        raise ValueError("nothing was measured, so nothing was written")
+    if final.is_file() and not replace:
+        measured = [(reading.case_of(row), row["provider"]) for row in result["rows"]]
+        if gone := reading.lost(reading.read_file(final).rows, measured):
+            raise ValueError(
+                f"{final} stays: it holds {len(gone)} rows that this run did not come to, the first {gone[0]}; the new figures "
+                f"are in {unfinished}: go on with --resume, or give --resume --replace to lose the old ones"
+            )
+    unfinished.replace(final)
+
+
+def interruption(result: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """What is kept, and how to go on."""
+    if arguments.append:
+        return "interrupted: the cases that were done are kept; repeat the command to measure the others"
+    if not result.get("rows"):
+        return "interrupted: no case was done yet"
+    return "interrupted: the cases that were done are kept; go on with --resume and the same arguments"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,21 +362,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         with bench.torch_threads(arguments.threads):
             plan, result, unfinished, final = begin(arguments)
             rows, broken = run(plan, result, unfinished)
+        finish(result, unfinished, final, replace=arguments.replace)
     except (ValueError, reading.ReportError, registry.BackendError) as error:
         print(f"benchmarks.run: error: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, OSError) as error:  # out of memory, a full disk, a lost device
+        done = "; what was measured before is kept" if result.get("rows") else ""
+        print(f"benchmarks.run: error: {bench.first_line(error)}{done}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        kept = "the cases that were done are kept: go on with --resume" if result.get("rows") else "no case was done yet"
-        print(f"interrupted: {kept}", file=sys.stderr)
+        print(interruption(result, arguments), file=sys.stderr)
         return 130
-    if unfinished != final:
-        if not result["rows"]:
-            unfinished.unlink()
-            print("benchmarks.run: error: nothing was measured, so nothing was written", file=sys.stderr)
-            return 1
-        unfinished.replace(final)
     print(f"wrote {final}")
-    return 1 if broken or any(row.status in SAID for row in rows) else 0
+    statuses = [row.status for row in rows] if arguments.append else [row["status"] for row in result["rows"]]
+    return 1 if broken or any(status in SAID for status in statuses) else 0
 
 
 if __name__ == "__main__":

@@ -386,6 +386,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from googlenet_fused import GOOGLENET_SPECS, bench
     from googlenet_fused.backends import registry
     from googlenet_fused.charts import ChartError, latency_chart
+    from googlenet_fused.info import usable_cpus
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("argument --device: torch sees no CUDA device; see googlenet-fused doctor, or give --device cpu")
@@ -395,6 +396,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     cases = [bench.Case(arguments.variant, batch, dtype) for batch in arguments.batch for dtype in arguments.dtype]
     rows: list[bench.Row] = []
     not_run: list[str] = []
+    if arguments.threads is not None and arguments.threads > usable_cpus():
+        raise CommandError(f"argument --threads: must be from 1 to {usable_cpus()}, the processors, got {arguments.threads}")
     with bench.torch_threads(arguments.threads):
         machine = bench.machine_description()
         with bench.progress_display("measuring") as show:
@@ -408,12 +411,14 @@ def _bench(arguments: argparse.Namespace) -> int:
                     backend = registry.select(arguments.backend, problem).name
                     workload, providers = bench.build_workload(case, device), bench.package_providers(backend)
                     rows += bench.measure(workload, providers, schedule, progress=progress)
-                except (bench.Unavailable, registry.BackendError, torch.OutOfMemoryError) as error:
+                except (bench.Unavailable, bench.DeviceBroken, registry.BackendError, torch.OutOfMemoryError) as error:
                     not_run.append(f"{case} not run: {bench.first_line(error)}")  # the other cases' figures are kept
+                    if isinstance(error, bench.DeviceBroken):
+                        break
     if not rows:
         raise CommandError("; ".join(not_run))
 
-    document = {"device": device.type, "machine": machine, "rows": [row.to_json() for row in rows]}
+    document = {"device": device.type, "machine": machine, "rows": [row.to_json() for row in rows], "not_run": not_run}
     threads = f"{machine['cpu']}, {machine['threads']} torch thread{'s' if machine['threads'] != 1 else ''}"
     where = machine["gpu"]["name"] if device.type == "cuda" else threads
     written = [output / "bench.json"]
@@ -429,7 +434,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(f"wrote {' and '.join(map(str, written))}")
     bad = [row for row in rows if row.status != "ok"]
     for row in bad:
-        _failed(f"{row.title} ({row.case}) is {row.status}: {row.reason}")
+        _failed(f"{row.title} ({row.case}): {row.status}: {row.reason}")
     for reason in not_run:
         _failed(reason)
     return CommandError.code if bad or not_run else 0

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from googlenet_fused import bench
+from googlenet_fused import FusionMismatch, bench
 from googlenet_fused.bench import (
     BASELINE,
     Bind,
     Case,
+    DeviceBroken,
     Provider,
     Run,
     Schedule,
@@ -133,6 +134,38 @@ def test_a_provider_that_breaks_while_it_is_timed_costs_nobody_else(workload: Wo
     assert (broken.status, broken.reason, broken.timings) == ("failed", "out of memory: no more", {})
 
 
+class _Meter(CpuMeter):
+    """A CPU's meter whose device breaks with the first error."""
+
+    def check(self, who: str) -> None:
+        raise DeviceBroken(f"{who} broke the device: an illegal memory access")
+
+
+@pytest.mark.parametrize("good_calls", [0, 3, 7])  # it breaks while it is built, while it is judged, while it is timed
+def test_a_broken_device_ends_the_case_and_names_who_broke_it(workload: Workload, good_calls: int) -> None:
+    calls = 0
+
+    def breaking(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > good_calls:
+            raise RuntimeError("an illegal memory access")
+        return workload.model(x)
+
+    providers = [eager(workload), provider("breaking", breaking), provider("innocent", workload.model)]
+    with pytest.raises(DeviceBroken, match="Breaking broke the device: an illegal memory access"):
+        bench.measure(workload, providers, QUICK, meter=_Meter())
+
+
+def test_a_fusion_that_disagrees_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mismatch(*_: Any, **__: Any) -> nn.Module:
+        raise FusionMismatch("inception3a disagrees")
+
+    monkeypatch.setattr("googlenet_fused.bench.provider.fuse", mismatch)
+    rows = bench.measure(build_workload(Case("5b")), bench.package_providers(), QUICK)
+    assert [(row.status, row.reason) for row in rows[2:]] == [("wrong", "inception3a disagrees")]
+
+
 def test_an_element_that_is_never_written_shows(workload: Workload) -> None:
     """A buffer that happens to hold the right value is poisoned between calls."""
     last = workload.model[-1]  # type: ignore[index]
@@ -177,6 +210,16 @@ def test_a_graph_that_writes_nothing_is_wrong(workload: Workload, works: bool, f
     with torch.inference_mode():
         verdicts = judge_all(workload, [(other, other.build(workload)) for other in others], meter)
     assert list(verdicts.failures) == failures, verdicts.failures
+
+    def breaks(run: Run, output: Tensor) -> None:
+        raise RuntimeError("not captured")
+
+    calls = iter([1.0, 1.01, 1.01])  # right on the first input, wrong on the second
+    off = provider("off", lambda x: workload.model(x) * next(calls))
+    with torch.inference_mode():
+        judged = judge_all(workload, [(off, off.build(workload))], _Graphs(breaks))
+    assert judged.failures["off"].status == "wrong", "what a replay does then says no more"
+
     for status, reason in verdicts.failures.values():
         assert status == "wrong"
         assert reason.startswith("in a CUDA graph it disagrees")

@@ -233,6 +233,9 @@ def test_an_interrupted_run_keeps_its_cases_and_the_older_file(
     assert "of other cases or providers" in fewer
     assert (partial.read_bytes(), path.read_bytes()) == (left, content)
 
+    rounds = json.loads(left) | {"settings": half.data["settings"] | {"rounds": 7}}
+    partial.write_text(json.dumps(rounds))
+    assert "--resume: the interrupted run has --rounds 7, got 9" in refusal(capsys, [*again, "--resume", "--rounds", "9"])
     for name in ("the same", "none"):
         measured.clear()
         partial.write_bytes(left)
@@ -243,6 +246,105 @@ def test_an_interrupted_run_keeps_its_cases_and_the_older_file(
         assert [row["case"]["subject"] for row in reading.read_file(path).rows] == ["4e", "4e", "5a", "5a", "5b", "5b"]
         assert reading.read_file(path).data["not_run"] == []
         assert not partial.exists()
+
+
+def test_adding_to_a_result_loses_no_provider(tmp_path: Path, measured: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    more = [*ARGUMENTS, "--append", "--output", str(path)]
+    assert run.main([*more, "--subjects", "5a"]) == 0
+    before = reading.read_file(path)
+    measured.clear()
+    assert run.main([*more, "--subjects", "5a", "5b", "--providers", "channels_last"]) == 0
+    assert "1 cases stay as they are, with figures of fused_cpu too" in capsys.readouterr().err
+    assert [case.subject for case in measured] == ["5b"]
+    after = reading.read_file(path)
+    assert [row for row in after.rows if row["case"]["subject"] == "5a"] == [
+        {**row, "roofline": new["roofline"]} for row, new in zip(before.rows, after.rows, strict=False)
+    ]
+    names = before.data["settings"]["providers"]
+    assert after.data["settings"]["providers"] == names, "channels_last was among them"
+    assert run.main([*more, "--subjects", "5a", "--providers", "channels_last", "--replace"]) == 0
+    assert [case.subject for case in measured] == ["5b", "5a"]
+
+
+def test_an_interrupted_addition_is_repeated(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> list[Row]:
+        raise KeyboardInterrupt
+
+    more = [*ARGUMENTS, "--append", "--output", str(tmp_path / "r.json")]
+    assert run.main([*more, "--subjects", "5a"]) == 0
+    monkeypatch.setattr(bench, "measure", interrupted)
+    assert run.main([*more, "--subjects", "5b"]) == 130
+    said = "interrupted: the cases that were done are kept; repeat the command to measure the others"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    kept = reading.read_file(tmp_path / "r.json")
+    assert {row["case"]["subject"] for row in kept.rows} == {"5a"}
+    assert [(entry["case"]["subject"], entry["reason"]) for entry in kept.data["not_run"]] == [("5b", run.INTERRUPTED)]
+
+
+def test_what_a_run_did_not_come_to_keeps_the_older_file(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, partial = tmp_path / "r.json", tmp_path / "r.partial.json"
+    both = [*ARGUMENTS, "--subjects", "5a", "5b", "--output", str(path)]
+    assert run.main(both) == 0
+    content = path.read_bytes()
+    with monkeypatch.context() as context:
+        clock = itertools.count(0.0, 10.0)
+        context.setattr(run.time, "monotonic", lambda: next(clock))
+        said = refusal(capsys, [*both, "--budget", "15"])
+    assert said.startswith(f"{path} stays: it holds 2 rows that this run did not come to, the first eager on 5b, batch 1, fp32")
+    assert path.read_bytes() == content
+    assert {row["case"]["subject"] for row in reading.read_file(partial).rows} == {"5a"}
+    assert run.main([*both, "--resume"]) == 0
+    assert not partial.exists()
+    assert {row["case"]["subject"] for row in reading.read_file(path).rows} == {"5a", "5b"}
+
+
+def test_a_broken_device_ends_the_run_and_keeps_what_was_measured(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = bench.measure
+
+    def breaking(workload: Workload, *arguments: Any, **options: Any) -> list[Row]:
+        if workload.case.subject == "5b":
+            raise bench.DeviceBroken("fused_cuda broke the device: an illegal memory access")
+        return measure(workload, *arguments, **options)
+
+    monkeypatch.setattr(bench, "measure", breaking)
+    path = tmp_path / "r.json"
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "5b", "4e", "--output", str(path)]) == 1
+    assert "2 of 3 cases not run: fused_cuda broke the device" in capsys.readouterr().err
+    read = reading.read_file(path)
+    assert {row["case"]["subject"] for row in read.rows} == {"5a"}
+    assert [entry["case"]["subject"] for entry in read.data["not_run"]] == ["5b", "4e"]
+
+
+def test_an_error_outside_the_cases_is_one_line(
+    tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, times = run.measured_ceilings, itertools.count()
+
+    def second_time_out_of_memory(plan: run.Plan) -> Any:
+        if next(times):
+            raise torch.OutOfMemoryError("no more\nsecond line")
+        return real(plan)
+
+    monkeypatch.setattr(run, "measured_ceilings", second_time_out_of_memory)
+    said = refusal(capsys, [*ARGUMENTS, "--subjects", "5a", "--output", str(tmp_path / "r.json")])
+    assert said == "no more; what was measured before is kept"
+    assert {row["case"]["subject"] for row in reading.read_file(tmp_path / "r.partial.json").rows} == {"5a"}
+
+
+def test_a_compiler_out_of_memory_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(bench, "run_of", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled("it", "It").build(build_workload(Case("5a")))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

@@ -340,13 +340,22 @@ def test_bench_keeps_the_cases_that_were_measured(
     arguments = ["bench", "--device", "cpu", "--output", str(tmp_path), "--json"]
     assert main([*arguments, "--batch", "1", "2"]) == 1
     captured = capsys.readouterr()
-    assert [row["case"]["batch"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [1]
-    said = "googlenet-fused: error: torchvision, batch 2, fp32 not run: tried to allocate too much"
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["case"]["batch"] for row in document["rows"]] == [1]
+    assert document["not_run"] == ["torchvision, batch 2, fp32 not run: tried to allocate too much"]
+    said = f"googlenet-fused: error: {document['not_run'][0]}"
     assert captured.err.splitlines()[-1] == said
     (tmp_path / "bench.json").unlink()
     assert main([*arguments, "--batch", "2"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert not (tmp_path / "bench.json").exists()
+
+
+def test_bench_refuses_more_threads_than_processors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "--threads", "9999", "--output", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("googlenet-fused: error: argument --threads: must be from 1 to ")
+    assert line.endswith("the processors, got 9999")
 
 
 @pytest.mark.parametrize("command", ["bench", "demo"])

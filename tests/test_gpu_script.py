@@ -171,6 +171,8 @@ def option(call: str, name: str) -> str:
         (["--budget", "1000000000000000000000"], "--budget must be a whole number of seconds from 30 to 99999"),
         (["--budget"], "--budget needs a value"),
         (["--commit", ""], "--commit needs a value"),
+        (["--commit", "abc"], "--commit must be a hash, 4 to 40 hexadecimal digits, got 'abc'"),
+        (["--commit", "main"], "--commit must be a hash, 4 to 40 hexadecimal digits, got 'main'"),
         (["--stages", "build,bench"], f"unknown stage 'bench': choose from {','.join(ALL_STAGES)}"),
         (["--stages", "build,,tests"], f"unknown stage '': choose from {','.join(ALL_STAGES)}"),
         (["--stages", "tests,build,tests"], "'tests' is named twice in 'tests,build,tests'"),
@@ -251,6 +253,21 @@ def test_an_interpreter_without_torch_is_said_so(stage: Stage) -> None:
     stage.run("--stages", "tests")
     assert "ended with exit code 3" in stage.outcomes()["tests"]
     assert stage.summary()[0] == "machine: unknown: no such thing"
+
+
+def test_an_interpreter_that_says_nothing_is_no_python(stage: Stage) -> None:
+    stage.python("*cuda.is_available*) ;;")
+    stage.run("--stages", "tests")
+    assert stage.outcomes()["tests"].startswith("skipped")
+    assert f"it is no Python and answered nothing: '{stage.bin}" in stage.outcomes()["tests"]
+    assert stage.summary()[0] == "machine: unknown"
+
+
+def test_probes_with_nothing_to_build_them_are_skipped(stage: Stage) -> None:
+    stage.python(gpu=False)
+    stage.run("--stages", "probes")
+    assert stage.outcomes()["probes"].startswith("skipped")
+    assert stage.outcomes()["probes"].endswith("there is nothing to build or run them with")
 
 
 @pytest.mark.slow

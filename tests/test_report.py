@@ -493,6 +493,15 @@ def test_charts_show_the_smallest_and_the_largest_batch() -> None:
     assert [panel.batch for panel in roofline_panels(result(data))] == [2, 8]
 
 
+def test_a_few_modules_of_a_larger_batch_do_not_take_the_place_of_all() -> None:
+    both = {"eager": 2.0, "fused_cpu": 1.0}
+    data = run("cpu", [row for b in (1, 8) for name in ("3a", "3b", "4a") for row in rows(case(name, b), both)])
+    data["rows"] += rows(case("3a", 32), both)
+    assert [panel.batch for panel in speedup_panels(result(data))] == [1, 8]
+    data["rows"] += rows(case("3b", 32), both)
+    assert [panel.batch for panel in speedup_panels(result(data))] == [1, 32]
+
+
 def test_the_roofline_chart_has_ours_and_plain_pytorch_below_the_ceilings_of_the_run() -> None:
     panels = {(panel.dtype, panel.batch): panel for panel in roofline_panels(result(cpu_run()))}
     panel = panels["fp32", 1]
@@ -717,7 +726,7 @@ BAD = {
     "\x00": "is not JSON",
     "[]": "the file must be an object, got list",
     "{}": "schema is missing",
-    '{"schema": 1}': "schema 1 is not 3: measure again with python -m benchmarks.run",
+    '{"schema": 1}': "schema 1 is not 3: measure again with python -m benchmarks.run --replace",
     changed("kind", to="probe"): "kind must be one of benchmark, got 'probe'",
     changed("device", to="tpu"): "device must be one of cpu, cuda, got 'tpu'",
     changed("device", to="cuda"): "machine.gpu must be object, got None",
@@ -813,6 +822,32 @@ def test_add_puts_another_commit_in_place_of_the_old(root: Path, tmp_path: Path,
     (of,) = (of for of in reading.read(root / "benchmarks" / "results") if of.device == "cuda")
     assert of.data["git"] == new["git"]
     assert len(of.rows) == 4
+
+
+def test_add_loses_no_provider_of_a_case_that_was_measured_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = case("3a", dtype="fp16")
+    full = run("cuda", rows(of, {"eager": {"graph": 1.0}, "channels_last": {"graph": 0.8}, "fused_cuda": {"graph": 0.5}}))
+    fewer = run("cuda", rows(of, {"eager": {"graph": 1.0}, "fused_cuda": {"graph": 0.4}}))
+    assert report.main(["--add", given(tmp_path, "full.json", full)], root) == 0
+    assert report.main(["--add", given(tmp_path, "fewer.json", fewer)], root) == 1
+    said = "holds 1 rows that the new figures lack, the first channels_last on 3a, batch 1, fp16: measure those too, or give"
+    assert said in capsys.readouterr().err
+    (kept,) = (found for found in reading.read(root / "benchmarks" / "results") if found.device == "cuda")
+    assert kept.rows == full["rows"]
+    assert report.main(["--add", given(tmp_path, "fewer.json", fewer), "--replace"], root) == 0
+    with pytest.raises(SystemExit):
+        report.main(["--replace"], root)
+
+
+def test_a_trial_among_the_results_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = cuda_run() | {"settings": {"quick": True}}
+    (root / "benchmarks" / "results" / "cuda-x.json").write_text(json.dumps(trial))
+    before = (root / "README.md").read_bytes()
+    assert report.main([], root) == 1
+    assert "cuda-x.json is of a trial (--quick), which is nothing to publish" in capsys.readouterr().err
+    assert (root / "README.md").read_bytes() == before
 
 
 def test_add_refuses_two_machines_and_bad_files(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -290,22 +291,22 @@ def test_rates_count_all_bytes_and_flops(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_slow_product_is_measured_on_smaller_matrices_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    def a_second_at_512(call: object, device: torch.device, repeats: int) -> list[float]:
-        return [(side[0] / 512) ** 3] * repeats
+    sides: list[int] = []
 
-    side = [0]
+    def a_second_at_512(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+        call()
+        return [(sides[-1] / 512) ** 3] * repeats
 
-    def product(device: torch.device, dtype: torch.dtype, now: int) -> roofline.Work:
-        side[0] = now
-        return roofline.Work(lambda: None, 2 * now**3)
+    def product(device: torch.device, dtype: torch.dtype, side: int) -> roofline.Work:
+        return roofline.Work(lambda: sides.append(side), 2 * side**3)
 
     monkeypatch.setattr(roofline, "_seconds", a_second_at_512)
     found = roofline._arithmetic_rate(product, CPU, torch.float32, 2048, repeats=20, budget=10.0)
-    assert side == [512]
+    assert sides == [256, 512, 512]
     assert found.n == 10
     assert found.median == pytest.approx(2 * 512**3 / 1e12)
     assert roofline._arithmetic_rate(product, CPU, torch.float32, 2048, repeats=20, budget=0.01).n == 3
-    assert side == [256]
+    assert sides[3:] == [256, 256]
 
 
 def test_a_dtype_the_device_cannot_multiply_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +332,7 @@ def test_each_dtype_is_measured_under_its_own_tf32_flags(monkeypatch: pytest.Mon
         seen.append(flags())
         return rate(1.0)
 
-    monkeypatch.setattr(roofline, "_can_matmul", lambda device, dtype: True)
+    monkeypatch.setattr(roofline, "_can_compute", lambda device, dtype: True)
     monkeypatch.setattr(roofline, "_arithmetic_rate", record)
     before = flags()
     measure_ceilings(CPU, ["tf32", "fp32"], copy_bytes=1 << 10, repeats=1)
@@ -346,8 +347,8 @@ def test_a_ceiling_is_that_of_the_faster_arithmetic(monkeypatch: pytest.MonkeyPa
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    for way, shape in ((roofline._random_matmul, (64, 64)), (roofline._random_conv3x3, (4, 8, 1, 1))):
-        work = way(CPU, torch.float32, 64)
+    for way, shape in ((roofline._random_matmul, (256, 256)), (roofline._random_conv3x3, (4, 32, 7, 7))):
+        work = way(CPU, torch.float32, 256)
         with FlopCounterMode(display=False) as counter:
             result = work.call()
         assert isinstance(result, torch.Tensor)

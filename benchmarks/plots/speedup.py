@@ -31,12 +31,14 @@ class SpeedupPanel:
 
 
 def speedup_panels(result: Result) -> list[SpeedupPanel]:
-    """One panel for each dtype at the smallest and at the largest batch of the modules, without the baseline itself.
+    """One panel for each dtype at the smallest and at the largest batch, of those with half of the modules or more; without
+    the baseline itself.
 
     The spread of a speed-up is that of the provider's own time.
     """
     groups = by_dtype_and_batch(row for row in timed(result.rows) if case_of(row).is_module)
-    batches = ends(batch for _, batch in groups)
+    subjects = {key: len({case_of(row).subject for row in rows}) for key, rows in groups.items()}
+    batches = ends(batch for (_, batch), count in subjects.items() if 2 * count >= max(subjects.values()))
     panels = []
     for (dtype, batch), rows in groups.items():
         if batch not in batches:

@@ -22,16 +22,15 @@ def markers(device: str) -> tuple[str, str]:
     return f"<!-- results:{name}:begin -->", f"<!-- results:{name}:end -->"
 
 
-def section(results: Sequence[Result], device: str, docs: str = "docs") -> str:
+def section(results: Sequence[Result], device: str) -> str:
     """What stands in the README from one marker of a device to the other, markers included.
 
     Args:
         results: one for each machine; those of other devices are passed over.
-        docs: the folder of pages and charts as the README links to it.
     """
     begin, end = markers(device)
     here = [result for result in results if result.device == device]
-    body = [machine_part([result], docs) for result in here]
+    body = [machine_part([result]) for result in here]
     missing = without_figures(here)
     name = SECTIONS[device]
     if not here:
@@ -57,7 +56,7 @@ def without_figures(results: Sequence[Result]) -> list[str]:
     return missing
 
 
-def machine_part(results: Sequence[Result], docs: str = "docs") -> str:
+def machine_part(results: Sequence[Result]) -> str:
     """The README's part on one machine.
 
     Raises:
@@ -75,8 +74,8 @@ def machine_part(results: Sequence[Result], docs: str = "docs") -> str:
         *memory_and_host(result),
         *reasons(result.rows),
         *not_run(result),
-        *_charts(result, docs),
-        f"All figures of this machine, of every provider: [{docs}/{page_name(result)}]({docs}/{page_name(result)}); as CSV: "
+        *_charts(result),
+        f"All figures of this machine, of every provider: [docs/{page_name(result)}](docs/{page_name(result)}); as CSV: "
         f"[benchmarks/results/{result.stem}.csv](benchmarks/results/{result.stem}.csv).",
     ]
     return "\n\n".join(parts)
@@ -105,9 +104,9 @@ def _accuracy(result: Result) -> list[str]:
     return found
 
 
-def _charts(result: Result, docs: str) -> list[str]:
+def _charts(result: Result) -> list[str]:
     """The first chart as a picture, the others as links."""
-    links = [f"[{caption}]({docs}/{name})" for name, caption in captions(result).items()]
+    links = [f"[{caption}](docs/{name})" for name, caption in captions(result).items()]
     if not links:
         return []
     first, *others = links

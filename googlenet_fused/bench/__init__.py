@@ -14,7 +14,7 @@ import torch
 
 from googlenet_fused.bench.case import DTYPES, NETWORKS, Case, Mode, Workload, build_workload, numerics
 from googlenet_fused.bench.measure import Row, Status, measure
-from googlenet_fused.bench.meters import METRICS, first_line, headline, meter_for
+from googlenet_fused.bench.meters import METRICS, DeviceBroken, first_line, headline, meter_for
 from googlenet_fused.bench.provider import (
     BASELINE,
     Bind,
@@ -39,6 +39,7 @@ __all__ = [
     "NETWORKS",
     "Bind",
     "Case",
+    "DeviceBroken",
     "Mode",
     "Provider",
     "Row",

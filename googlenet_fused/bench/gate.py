@@ -59,6 +59,7 @@ def judge_all(workload: Workload, bound: Sequence[tuple[Provider, Bind]], meter:
 
     Raises:
         Unavailable: plain PyTorch itself cannot run the case, so there is nothing to judge by.
+        DeviceBroken: a provider left the device unusable.
     """
     verdicts = Verdicts()
     for seed in range(1, 1 + FRESH_INPUTS):
@@ -74,12 +75,13 @@ def judge_all(workload: Workload, bound: Sequence[tuple[Provider, Bind]], meter:
                 with provider.settings():
                     run = bind(x)
                     verdicts.add(provider.name, truth.judge(run))
-                    if seed == FRESH_INPUTS and not provider.own_graph:
+                    if seed == FRESH_INPUTS and provider.name not in verdicts.failures and not provider.own_graph:
                         _judge_graph(provider.name, run, truth, meter, verdicts)
             except WrongResult as fault:
                 verdicts.failures[provider.name] = Failure("wrong", str(fault))
             except Exception as error:  # a provider that breaks is its own result, and the others go on
                 verdicts.failures[provider.name] = Failure("failed", failure(error))
+                meter.check(provider.title)
     return verdicts
 
 

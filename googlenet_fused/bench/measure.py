@@ -13,7 +13,7 @@ import torch
 from googlenet_fused.bench.case import Case, Workload, numerics
 from googlenet_fused.bench.gate import judge_all
 from googlenet_fused.bench.meters import METRICS, Meter, failure, first_line, headline, meter_for
-from googlenet_fused.bench.provider import BASELINE, Bind, Provider, Unavailable
+from googlenet_fused.bench.provider import BASELINE, Bind, Provider, Unavailable, WrongResult
 from googlenet_fused.bench.timing import Schedule, Timing, Turn, take_turns
 
 Status = Literal["ok", "wrong", "failed", "unavailable"]
@@ -106,6 +106,7 @@ def measure(
     Raises:
         ValueError: the baseline is missing.
         Unavailable: the baseline cannot run the case, so there is nothing to compare with.
+        DeviceBroken: a provider left the device unusable.
     """
     if BASELINE not in [provider.name for provider in providers]:
         raise ValueError(f"measure: providers must include the baseline {BASELINE!r}, got {[p.name for p in providers]}")
@@ -161,10 +162,13 @@ def _build(entry: _Entry, workload: Workload, meter: Meter) -> None:
         if entry.provider.name == BASELINE:
             raise
         entry.failed("unavailable", str(reason))
+    except WrongResult as fault:
+        entry.failed("wrong", str(fault))
     except Exception as error:  # a provider that breaks is its own result, and the others go on
         if entry.provider.name == BASELINE:
             raise Unavailable(f"plain PyTorch cannot run {workload.case} here: {first_line(error)}") from error
         entry.failed("failed", failure(error))
+        meter.check(entry.provider.title)
 
 
 def _time(
@@ -183,10 +187,11 @@ def _time(
                 own, missing = meter.turns(entry.bind, workload.input, schedule, own_graph=provider.own_graph)
         except Exception as error:  # it was right and broke all the same: the others go on
             entry.failed("failed", failure(error))
+            meter.check(provider.title)
             continue
         entry.reason = "; ".join(missing) or None
         for metric, turn in own.items():
-            within = _within(entry, turn)
+            within = _within(entry, turn, meter)
             start = time.perf_counter()
             if schedule.seconds is not None:
                 within()
@@ -205,7 +210,7 @@ def _time(
     return {name: {m: Timing.of(samples[name, m]) for m in METRICS if (name, m) in samples} for name in names}
 
 
-def _within(entry: _Entry, turn: Turn) -> Turn:
+def _within(entry: _Entry, turn: Turn, meter: Meter) -> Turn:
     """A turn in its provider's settings; one that breaks ends the provider's part."""
 
     def run() -> Sequence[float]:
@@ -216,6 +221,7 @@ def _within(entry: _Entry, turn: Turn) -> Turn:
                 return turn()
         except Exception as error:
             entry.failed("failed", failure(error))
+            meter.check(entry.provider.title)
             return []
 
     return run

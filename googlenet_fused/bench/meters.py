@@ -52,6 +52,10 @@ def last_cache_bytes() -> int:
     return max(sizes, default=32 * 2**20)
 
 
+class DeviceBroken(Exception):
+    """A device answers no more; the message says after whom."""
+
+
 class Rotation:
     """Calls on one input after another; with ``keep`` outputs live until their turn comes again, so that they rotate too."""
 
@@ -106,6 +110,9 @@ class CpuMeter:
         """There are no graphs here."""
         return None
 
+    def check(self, who: str) -> None:
+        """A CPU that still runs this is not broken."""
+
 
 class CudaMeter:
     """Times calls by the wall clock, and by events on the device."""
@@ -155,6 +162,17 @@ class CudaMeter:
             return outputs[0]
 
         return replay
+
+    def check(self, who: str) -> None:
+        """Makes sure, after an error of ``who``, that the device still works: some errors of a kernel are its end.
+
+        Raises:
+            DeviceBroken: it does not.
+        """
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceBroken(f"{who} broke the device: {first_line(error)}") from error
 
     def _capture(self, runs: Sequence[Run], *, keep: bool) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         """The graph of calls one after another; with ``keep`` each has an output of its own."""

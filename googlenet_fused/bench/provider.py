@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from googlenet_fused.backends.registry import BackendError
 from googlenet_fused.bench.case import DTYPES, Workload
-from googlenet_fused.convert import fuse
+from googlenet_fused.convert import FusionMismatch, fuse
 
 BASELINE = "eager"
 """The provider whose output sets the tolerance and whose time is 1.0x: plain PyTorch, run as a user would."""
@@ -146,6 +146,8 @@ def fused_provider(backend: str = "auto") -> Provider:
                 fused = fuse(model, backend=backend)
         except BackendError as error:
             raise Unavailable(str(error)) from error
+        except FusionMismatch as error:
+            raise WrongResult(str(error)) from error
         form = channels_last if workload.case.is_module else lambda x: x
         return lambda x: run_of(workload, fused, form(x))
 
