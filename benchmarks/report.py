@@ -227,6 +227,11 @@ def add(files: Sequence[Path], folder: Path, *, replace: bool = False) -> Path:
             raise ReportError(f"--add: {result.path} holds no rows: nothing was measured")
     new = one(given)
     rows = [(case_of(row), row["provider"]) for row in new.rows]
+    if (gone := lost([row for result in given for row in result.rows], rows)) and not replace:
+        raise ReportError(
+            f"--add: a later file measured a case again without {gone[0]}, which would be lost: leave out "
+            "a file, or give --replace"
+        )
     path = folder / results.file_name(new.data)
     if path.is_file():
         old = read_file(path)

@@ -836,6 +836,9 @@ def test_add_loses_no_provider_of_a_case_that_was_measured_again(
     assert said in capsys.readouterr().err
     (kept,) = (found for found in reading.read(root / "benchmarks" / "results") if found.device == "cuda")
     assert kept.rows == full["rows"]
+    again = [given(tmp_path, "full.json", full), given(tmp_path, "fewer.json", fewer)]
+    assert report.main(["--add", *again], root) == 1
+    assert "a later file measured a case again without channels_last on 3a, batch 1, fp16" in capsys.readouterr().err
     assert report.main(["--add", given(tmp_path, "fewer.json", fewer), "--replace"], root) == 0
     with pytest.raises(SystemExit):
         report.main(["--replace"], root)
