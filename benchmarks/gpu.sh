@@ -117,7 +117,6 @@ mkdir -p "$OUTPUT" 2>/dev/null && [ -w "$OUTPUT" ] ||
 OUTPUT=$(cd "$OUTPUT" && pwd)
 case $PYTHON in /*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
 cd "$ROOT" || exit 1
-for name in summary.txt log.txt stage.txt tests.xml probes.jsonl; do rm -f "$OUTPUT/$name"; done
 
 SCRATCH=$(mktemp -d) || exit 1
 trap 'rm -rf "$SCRATCH"' EXIT
@@ -437,8 +436,7 @@ detect() { # sets no_gpu, the reason or nothing, and machine
         no_gpu="torch could not be asked for a CUDA device: the interpreter ended with exit code $answer"
         machine="unknown: $(tail -n 1 "$SCRATCH/detect")"
     elif [ -z "$no_gpu" ]; then
-        no_gpu="it is no Python and answered nothing: '$PYTHON'"
-        machine=unknown
+        refuse "--python: '$PYTHON' answered nothing and is no Python: name an interpreter that has torch"
     elif [ "$no_gpu" = cuda ]; then
         no_gpu=''
         command -v nvidia-smi >/dev/null &&
@@ -524,6 +522,7 @@ trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 trap 'interrupted 129' HUP
 detect
+for name in summary.txt log.txt stage.txt tests.xml probes.jsonl; do rm -f "$OUTPUT/$name"; done
 printf 'machine: %s\n' "$machine"
 [ -z "$no_gpu" ] || printf '%s\n' "$no_gpu"
 failures=0

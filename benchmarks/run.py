@@ -79,6 +79,7 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
     """
     start, broken = time.monotonic(), 0
     rows: list[Row] = []
+    absent: set[str] = set()
     with bench.progress_display("measuring") as show:
         show("ceilings", 0.0)
         results.add_ceilings(result, measured_ceilings(plan))
@@ -109,6 +110,10 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
                 broken += not isinstance(error, bench.Unavailable | torch.OutOfMemoryError)
             else:
                 rows += found
+                for text in (f"{row.title} is unavailable: {row.reason}" for row in found if row.status == "unavailable"):
+                    if text not in absent:
+                        say(text)
+                        absent.add(text)
                 new = [row.to_json() for row in found]
                 results.add_rows(result, [{**row, "roofline": results.roofline(row, ceilings)} for row in new])
                 say(one_line(case, found, time.monotonic() - began))
@@ -199,7 +204,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     cases = list(grid.cases(selection, device))
     if not cases:
         raise ValueError(
-            "nothing to measure: --modes training is of whole networks (--subjects nets) and not of fp16 (--dtypes bf16)"
+            "nothing to measure: --modes training needs whole networks (--subjects nets) in another dtype than fp16"
         )
     if arguments.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
@@ -230,22 +235,36 @@ def new_result(plan: Plan, commit: str | None) -> dict[str, Any]:
 
 
 def files_of(result: dict[str, Any], arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """Where a result is written while unfinished, and where in the end; with ``--append`` that is the same."""
+    """Where a result is written while unfinished, and where in the end; with ``--append`` that is the same.
+
+    Raises:
+        ValueError: the output is neither a folder nor a JSON file.
+    """
+    if arguments.output is not None and arguments.output.suffix not in ("", ".json") and not arguments.output.is_dir():
+        raise ValueError(f"--output must be a .json file or a folder, got {arguments.output}")
     output = arguments.output or (TRIALS if arguments.quick else results.FOLDER)
     final = output if output.suffix == ".json" else output / results.file_name(result)
     return final if arguments.append else final.with_suffix(reading.UNFINISHED), final
 
 
-def check_nothing_is_lost(plan: Plan, unfinished: Path, final: Path) -> None:
-    """Refuses to begin a run whose file would take the place of figures that it will not hold itself.
+def check_no_run_is_forgotten(unfinished: Path) -> None:
+    """Refuses to begin anything while an interrupted run waits to be resumed.
 
     Raises:
-        ValueError: it would.
+        ValueError: one does.
     """
     if unfinished.is_file() and (rows := reading.read_file(unfinished).rows):
         raise ValueError(
             f"{unfinished} holds {len(rows)} rows of an interrupted run: go on with --resume, or give --replace to lose them"
         )
+
+
+def check_nothing_is_lost(plan: Plan, final: Path) -> None:
+    """Refuses to begin a run whose file would take the place of figures that it will not hold itself.
+
+    Raises:
+        ValueError: it would.
+    """
     if not final.is_file():
         return
     old = reading.read_file(final)
@@ -315,12 +334,14 @@ def begin(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any], Path, Pa
     plan = plan_of(arguments)
     result = new_result(plan, arguments.commit)
     unfinished, final = files_of(result, arguments)
+    if not arguments.resume and not arguments.replace:
+        check_no_run_is_forgotten(final.with_suffix(reading.UNFINISHED))
     if arguments.resume:
         plan, result = resumed(plan, result, unfinished, arguments)
     elif arguments.append and final.is_file():
         plan, result = appended(plan, result, final, arguments)
     elif not arguments.append and not arguments.replace:
-        check_nothing_is_lost(plan, unfinished, final)
+        check_nothing_is_lost(plan, final)
     results.check_writable(unfinished)
     return plan, result, unfinished, final
 

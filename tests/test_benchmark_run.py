@@ -227,6 +227,8 @@ def test_an_interrupted_run_keeps_its_cases_and_the_older_file(
     assert refusal(capsys, again) == (
         f"{partial} holds 4 rows of an interrupted run: go on with --resume, or give --replace to lose them"
     )
+    said = refusal(capsys, [*ARGUMENTS, "--subjects", "3a", "--append", "--output", str(path)])
+    assert "rows of an interrupted run: go on with --resume" in said, "what it added would be in the way of the run's end"
     other = refusal(capsys, [*ARGUMENTS, "--subjects", "4e", "5b", "--resume", "--output", str(path)])
     assert other.startswith(f"--resume: the interrupted run in {partial} is of other cases or providers; leave out --subjects,")
     fewer = refusal(capsys, [*again, "--resume", "--providers", "fused_cpu"])
@@ -395,6 +397,24 @@ def test_a_run_takes_the_place_of_what_it_measures_again_only(
     assert "holds figures of no trial" in refusal(capsys, both[:-1])
     path.write_text("{")
     assert "is not JSON" in refusal(capsys, both)
+
+
+def test_an_unavailable_provider_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(workload: Workload, *_: Any, **__: Any) -> list[Row]:
+        return [tiny_row(BASELINE, workload.case), tiny_row("tensorrt", workload.case, status="unavailable")]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "5b", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("tensorrt is unavailable: a reason\n") == 1
+
+
+def test_an_output_of_another_kind_is_refused(tmp_path: Path, measured: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, [*ARGUMENTS, "--subjects", "5a", "--output", str(tmp_path / "o.txt")])
+    assert said == f"--output must be a .json file or a folder, got {tmp_path / 'o.txt'}"
+    (tmp_path / "v1.5").mkdir()
+    assert run.main([*ARGUMENTS, "--subjects", "5a", "--output", str(tmp_path / "v1.5")]) == 0
 
 
 def test_a_trial_is_kept_apart(tmp_path: Path, measured: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,8 @@ def test_other_dtypes_and_variants_are_folded() -> None:
 
 def test_errors_and_memory_are_told() -> None:
     text = cpu_tables()
-    assert "fp32: PyTorch 3.0e-07, googlenet_fused, cpu 3.0e-07; bf16: PyTorch 2.0e-03, googlenet_fused, cpu 2.0e-03" in text
+    assert "fp32: PyTorch 3.0e-07 / PyTorch, channels_last 3.0e-07 / googlenet_fused, cpu 3.0e-07; bf16: " in text
+    assert "bf16: PyTorch 2.0e-03 / " in text
     assert "| ONNX Runtime | 120 MiB | – |" in text
 
 

@@ -82,8 +82,8 @@ def machine_part(results: Sequence[Result]) -> str:
 
 
 def _accuracy(result: Result) -> list[str]:
-    """The largest error of ours and of plain PyTorch in each dtype, over all that was measured in one mode."""
-    ours = our_provider(result)
+    """The largest errors, over all that was measured in one mode, of ours and of PyTorch in both memory formats."""
+    named = (BASELINE, "channels_last", our_provider(result))
     found = []
     for mode, of in (
         ("inference", "relative to the largest value of the output"),
@@ -94,11 +94,11 @@ def _accuracy(result: Result) -> list[str]:
             worst: dict[str, float] = {}
             for row in result.rows:
                 case = case_of(row)
-                known = row["provider"] in (ours, BASELINE) and row["max_error"] is not None
+                known = row["provider"] in named and row["max_error"] is not None
                 if known and (case.dtype, case.mode) == (dtype, mode):
                     worst[row["title"]] = max(row["max_error"], worst.get(row["title"], 0.0))
             if worst:
-                said.append(f"{dtype}: " + ", ".join(f"{plain(title)} {error:.1e}" for title, error in worst.items()))
+                said.append(f"{dtype}: " + " / ".join(f"{plain(title)} {error:.1e}" for title, error in worst.items()))
         if said:
             found.append(f"**Largest error** against fp64, {mode}, {of}: {'; '.join(said)}.")
     return found
