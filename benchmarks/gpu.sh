@@ -348,7 +348,8 @@ OURS=''
 ours() { # sets OURS, the providers of this package that are for a GPU
     [ -z "$OURS" ] || return 0
     limited 60 "$PYTHON" -c 'from benchmarks.providers import lineup
-print(*(provider.name for provider in lineup("cuda") if provider.name.startswith("fused_")))' >"$SCRATCH/ours" &&
+from benchmarks.reading import is_ours
+print(*(provider.name for provider in lineup("cuda") if is_ours(provider.name)))' >"$SCRATCH/ours" &&
         read -r OURS <"$SCRATCH/ours" && [ -n "$OURS" ] && return 0
     fail 'the providers could not be listed'
     return 1

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from googlenet_fused import bench
-from googlenet_fused.bench import BASELINE, DTYPES, METRICS, NETWORKS, Case, Mode, Status
+from googlenet_fused.bench import BASELINE, DTYPES, METRICS, NETWORKS, OURS, Case, Mode, Status
 from googlenet_fused.spec import GOOGLENET_SPECS
 
 SCHEMA = 3
 KIND = "benchmark"
-OURS = "fused_"
-"""What the names of this package's providers begin with."""
 PYTORCH_PEERS = ("channels_last", "compile_", "merged_cudnn")
 """What the names of the other ways of running PyTorch begin with; all further providers are other runtimes."""
 

@@ -226,28 +226,20 @@ def add(files: Sequence[Path], folder: Path, *, replace: bool = False) -> Path:
         if not result.rows:
             raise ReportError(f"--add: {result.path} holds no rows: nothing was measured")
     new = one(given)
-    rows = [(case_of(row), row["provider"]) for row in new.rows]
-    if (gone := lost([row for result in given for row in result.rows], rows)) and not replace:
-        raise ReportError(
-            f"--add: a later file measured a case again without {gone[0]}, which would be lost: leave out "
-            "a file, or give --replace"
-        )
     path = folder / results.file_name(new.data)
-    if path.is_file():
-        old = read_file(path)
-        same_run = all(old.data[name] == new.data[name] for name in ("versions", "git"))
-        cases = {case for case, _ in rows}
-        gone = lost([row for row in old.rows if not same_run or case_of(row) in cases], rows)
-        if gone and not replace:
-            why = "holds" if same_run else "is of other versions or another commit and holds"
-            raise ReportError(
-                f"--add: {path} {why} {len(gone)} rows that the new figures lack, the first {gone[0]}: measure those too, or "
-                "give --replace to lose them"
-            )
-        if same_run:
-            new = one([old, new])
-        else:
-            print(f"{path.name}: the new figures take the place of those of {facts(old)}")
+    old = [read_file(path)] if path.is_file() else []
+    of_another_run = any(result.data[name] != new.data[name] for result in old for name in ("versions", "git"))
+    if not of_another_run:
+        new = one([*old, *given])
+    before = [row for result in [*old, *given] for row in result.rows]
+    gone = list(dict.fromkeys(lost(before, [(case_of(row), row["provider"]) for row in new.rows])))
+    if gone and not replace:
+        why = f"{path} is of other versions or another commit" if of_another_run else "its case was measured again without it"
+        raise ReportError(
+            f"--add: {len(gone)} rows would be lost, the first {gone[0]}: {why}; measure those too, or give --replace"
+        )
+    if of_another_run:
+        print(f"{path.name}: the new figures take the place of those of {facts(old[0])}")
     results.write(new.data, path)
     return path
 

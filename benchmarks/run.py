@@ -275,6 +275,7 @@ def check_nothing_is_lost(plan: Plan, final: Path) -> None:
 
 
 def planned(plan: Plan) -> list[tuple[Case, str]]:
+    """The cases with the names of their providers: what the plan will have rows of."""
     return [(case, provider.name) for case in plan.cases for provider in plan.providers]
 
 
@@ -289,10 +290,11 @@ def resumed(plan: Plan, new: dict[str, Any], unfinished: Path, arguments: argpar
     old = dict(reading.read_file(unfinished).data)
     results.check_same_run(old, new)
     left = [reading.case_of(entry) for entry in old["not_run"]]
-    names, rounds = old["settings"]["providers"], old["settings"]["rounds"]
+    asked = [provider.name for provider in plan.providers]
+    names, rounds = old["settings"].get("providers", asked), old["settings"].get("rounds", plan.rounds)
     if any(getattr(arguments, name) != parser().get_default(name) for name in SELECTION):
         all_of_it = {reading.case_of(row) for row in old["rows"]} | set(left)
-        if set(plan.cases) != all_of_it or [provider.name for provider in plan.providers] != names:
+        if set(plan.cases) != all_of_it or asked != names:
             raise ValueError(
                 f"--resume: the interrupted run in {unfinished} is of other cases or providers; leave out "
                 f"{', '.join(f'--{name}' for name in SELECTION)} to go on with it"

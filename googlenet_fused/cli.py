@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -386,7 +386,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     from googlenet_fused import GOOGLENET_SPECS, bench
     from googlenet_fused.backends import registry
     from googlenet_fused.charts import ChartError, latency_chart
-    from googlenet_fused.info import usable_cpus
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("argument --device: torch sees no CUDA device; see googlenet-fused doctor, or give --device cpu")
@@ -396,9 +395,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     cases = [bench.Case(arguments.variant, batch, dtype) for batch in arguments.batch for dtype in arguments.dtype]
     rows: list[bench.Row] = []
     not_run: list[str] = []
-    if arguments.threads is not None and arguments.threads > usable_cpus():
-        raise CommandError(f"argument --threads: must be from 1 to {usable_cpus()}, the processors, got {arguments.threads}")
-    with bench.torch_threads(arguments.threads):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(bench.torch_threads(arguments.threads))
+        except ValueError as error:
+            raise CommandError(f"argument --{error}") from error
         machine = bench.machine_description()
         with bench.progress_display("measuring") as show:
             for at, case in enumerate(cases):

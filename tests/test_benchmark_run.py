@@ -655,5 +655,5 @@ def test_providers_are_classed_alike_everywhere() -> None:
     specification.loader.exec_module(e3_peers)
     for name in (provider.name for provider in all_providers()):
         assert e3_peers.is_pytorch(name) == (name == BASELINE or reading.is_pytorch_peer(name)), name
-    assert (reading.OURS, reading.HEADLINES, tuple(bench.NETWORKS)) == (summary.OURS, summary.HEADLINES, summary.NETWORKS)
+    assert (bench.OURS, reading.HEADLINES, tuple(bench.NETWORKS)) == (summary.OURS, summary.HEADLINES, summary.NETWORKS)
     assert e3_peers.SCHEMA == reading.SCHEMA

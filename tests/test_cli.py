@@ -354,8 +354,8 @@ def test_bench_keeps_the_cases_that_were_measured(
 def test_bench_refuses_more_threads_than_processors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "--threads", "9999", "--output", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("googlenet-fused: error: argument --threads: must be from 1 to ")
-    assert line.endswith("the processors, got 9999")
+    assert line.startswith("googlenet-fused: error: argument --threads must be from 1 to ")
+    assert line.endswith("the processors that may be used here, got 9999")
 
 
 @pytest.mark.parametrize("command", ["bench", "demo"])

@@ -816,8 +816,9 @@ def test_add_puts_another_commit_in_place_of_the_old(root: Path, tmp_path: Path,
     report.main(["--add", given(tmp_path, "old.json", old)], root)
     capsys.readouterr()
     assert report.main(["--add", given(tmp_path, "new.json", new)], root) == 1
-    said = f"other versions or another commit and holds {len(old['rows']) - 4} rows that the new figures lack, the first "
-    assert said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--add: {len(old['rows']) - 4} rows would be lost, the first " in error
+    assert "cuda-nvidia-h100.json is of other versions or another commit; measure those too, or give --replace" in error
     assert report.main(["--add", given(tmp_path, "new.json", new), "--replace"], root) == 0
     assert "take the place of those of" in capsys.readouterr().out
     (of,) = (of for of in reading.read(root / "benchmarks" / "results") if of.device == "cuda")
@@ -833,13 +834,13 @@ def test_add_loses_no_provider_of_a_case_that_was_measured_again(
     fewer = run("cuda", rows(of, {"eager": {"graph": 1.0}, "fused_cuda": {"graph": 0.4}}))
     assert report.main(["--add", given(tmp_path, "full.json", full)], root) == 0
     assert report.main(["--add", given(tmp_path, "fewer.json", fewer)], root) == 1
-    said = "holds 1 rows that the new figures lack, the first channels_last on 3a, batch 1, fp16: measure those too, or give"
+    said = "--add: 1 rows would be lost, the first channels_last on 3a, batch 1, fp16: its case was measured again without it"
     assert said in capsys.readouterr().err
     (kept,) = (found for found in reading.read(root / "benchmarks" / "results") if found.device == "cuda")
     assert kept.rows == full["rows"]
     again = [given(tmp_path, "full.json", full), given(tmp_path, "fewer.json", fewer)]
     assert report.main(["--add", *again], root) == 1
-    assert "a later file measured a case again without channels_last on 3a, batch 1, fp16" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert report.main(["--add", given(tmp_path, "fewer.json", fewer), "--replace"], root) == 0
     with pytest.raises(SystemExit):
         report.main(["--replace"], root)

@@ -17,6 +17,7 @@ from googlenet_fused.bench.measure import Row, Status, measure
 from googlenet_fused.bench.meters import METRICS, DeviceBroken, first_line, headline, meter_for
 from googlenet_fused.bench.provider import (
     BASELINE,
+    OURS,
     Bind,
     Provider,
     Run,
@@ -37,6 +38,7 @@ __all__ = [
     "DTYPES",
     "METRICS",
     "NETWORKS",
+    "OURS",
     "Bind",
     "Case",
     "DeviceBroken",

@@ -18,6 +18,9 @@ from googlenet_fused.convert import FusionMismatch, fuse
 BASELINE = "eager"
 """The provider whose output sets the tolerance and whose time is 1.0x: plain PyTorch, run as a user would."""
 
+OURS = "fused_"
+"""What the names of this package's own providers begin with."""
+
 Run = Callable[[], Tensor]
 Bind = Callable[[Tensor], Run]
 
@@ -151,7 +154,7 @@ def fused_provider(backend: str = "auto") -> Provider:
         form = channels_last if workload.case.is_module else lambda x: x
         return lambda x: run_of(workload, fused, form(x))
 
-    return Provider(f"fused_{backend}", f"googlenet_fused, {backend}", build, cudnn_benchmark)
+    return Provider(f"{OURS}{backend}", f"googlenet_fused, {backend}", build, cudnn_benchmark)
 
 
 def package_providers(backend: str = "auto") -> list[Provider]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from googlenet_fused.bench.case import Case
 from googlenet_fused.bench.measure import Row
+from googlenet_fused.bench.provider import OURS
 from googlenet_fused.charts import Bar, Panel
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def latency_panels(rows: Sequence[Row]) -> list[Panel]:
     for row in rows:
         if (timing := row.timing) is not None:
             note = f"{timing.median:.3g} ms  ({_speedup(row)})"
-            bar = Bar(row.title, timing.median, timing.p20, timing.p80, note, row.provider.startswith("fused"))
+            bar = Bar(row.title, timing.median, timing.p20, timing.p80, note, row.provider.startswith(OURS))
             panels.setdefault(row.case, []).append(bar)
     return [Panel(str(case), bars) for case, bars in panels.items()]
 
