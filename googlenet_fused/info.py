@@ -30,6 +30,9 @@ FLAG_PREFIXES = (
 )
 """Environment variables that a timing may depend on begin with these."""
 
+PLACE_SUFFIXES = ("_DIR", "_HOME", "_PATH")
+"""Those that end with these say where files are. No timing depends on that, and Inductor sets such a one while it runs."""
+
 _IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage"}
 
 
@@ -122,7 +125,11 @@ def machine_description() -> dict[str, Any]:
         "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(FLAG_PREFIXES)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(FLAG_PREFIXES) and not name.endswith(PLACE_SUFFIXES)
+        },
     }
     return {
         "cpu": cpu_model(),

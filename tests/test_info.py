@@ -116,3 +116,12 @@ def test_the_report_does_without_optional_packages(monkeypatch: pytest.MonkeyPat
         assert facts["packages"]["matplotlib"]["problem"].startswith("ModuleNotFoundError")
     assert facts["backends"]
     assert info.as_text(facts)
+
+
+def test_places_are_no_flags_of_a_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor sets its cache's folder by itself: two runs in one process would otherwise be on different machines."""
+    before = info.machine_description()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/elsewhere")
+    assert info.machine_description() == before
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    assert info.machine_description()["flags"]["environment"]["OMP_PROC_BIND"] == "close"
