@@ -16,6 +16,7 @@ from torch import Tensor
 from googlenet_fused import kept_weights, ops
 from googlenet_fused.backends import registry
 from googlenet_fused.packing import ConvParams
+from googlenet_fused.parameter_cache import lend
 
 
 class DirectCall(NamedTuple):
@@ -85,7 +86,8 @@ def inception(x: Tensor, convs: Sequence[ConvParams], backend: str) -> DirectCal
         chosen.inception(x, packed, prepared, out)
         return out
 
-    return DirectCall(run, registry.requested(backend), x.dtype, x.device, spec.in_channels, smallest_side=1)
+    lent = _lent(run, convs[0].weight, (*packed, *prepared))
+    return DirectCall(lent, registry.requested(backend), x.dtype, x.device, spec.in_channels, smallest_side=1)
 
 
 def conv2d_relu(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Sequence[int], backend: str) -> DirectCall:
@@ -99,4 +101,18 @@ def conv2d_relu(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Seq
 
     _, in_channels, *kernel = weight.shape
     smallest = max(size - 2 * pad for size, pad in zip(kernel, padding, strict=True))
-    return DirectCall(run, registry.requested(backend), x.dtype, x.device, in_channels, max(smallest, 1))
+    lent = _lent(run, conv.weight, (weight, bias, *prepared))
+    return DirectCall(lent, registry.requested(backend), x.dtype, x.device, in_channels, max(smallest, 1))
+
+
+def _lent(run: Callable[[Tensor], Tensor], source: Tensor, kept: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+    """``run``, lent what it reads in each call: the tensors ``kept`` of ``source``."""
+    if not source.is_cuda:
+        return run
+    streams: set[int] = set()
+
+    def run_lent(x: Tensor) -> Tensor:
+        lend(source, kept, streams)
+        return run(x)
+
+    return run_lent

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from googlenet_fused.backends.registry import Backend
 from googlenet_fused.packing import ConvParams, PackedInception, fold_batch_norm, pack_inception
-from googlenet_fused.parameter_cache import ParameterCache
+from googlenet_fused.parameter_cache import ParameterCache, pin_for_good
 
 _packed: ParameterCache[PackedInception] = ParameterCache()
 _folded: ParameterCache[tuple[Tensor, ...]] = ParameterCache()
@@ -25,7 +25,8 @@ def fold(conv: ConvParams, dtype: torch.dtype, cache: bool) -> tuple[Tensor, Ten
     if not cache:
         with torch.no_grad():
             return fold_batch_norm(conv, dtype)
-    weight, bias = _folded.get(tensors_of(conv), (dtype, conv.eps), lambda: _detach(fold_batch_norm(conv, dtype)))
+    sources = tensors_of(conv)
+    weight, bias = _folded.get(sources, (dtype, conv.eps), lambda: _own(fold_batch_norm(conv, dtype), sources))
     return weight, bias
 
 
@@ -36,7 +37,7 @@ def pack(convs: Sequence[ConvParams], dtype: torch.dtype, cache: bool) -> Packed
             return pack_inception(convs, dtype)
     sources = [tensor for conv in convs for tensor in tensors_of(conv)]
     eps = tuple(conv.eps for conv in convs)
-    return _packed.get(sources, (dtype, eps), lambda: PackedInception(*_detach(pack_inception(convs, dtype))))
+    return _packed.get(sources, (dtype, eps), lambda: PackedInception(*_own(pack_inception(convs, dtype), sources)))
 
 
 def prepare(backend: Backend, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -52,15 +53,21 @@ def prepare_conv2d(
     return _prepared.get([weight], key, lambda: backend.prepare_conv2d(weight, stride, padding, input_shape))
 
 
-def _detach(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    # Where nothing had to be folded or laid out anew a result is the parameter itself, which a cache must not keep alive.
-    return tuple(tensor.detach() for tensor in tensors)
+def _own(tensors: Iterable[Tensor], sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    # Where nothing had to be folded or laid out anew a result is the parameter itself. A cache must not keep that alive, and a
+    # CUDA graph, which goes on reading the other weights of its capture, must not see it change.
+    return tuple(tensor.clone() if any(tensor is source for source in sources) else tensor for tensor in tensors)
 
 
 def forget(weight: Tensor) -> None:
-    """Drop what is kept of a module, by its first convolution's weight, after a change that cannot be seen."""
+    """Drop what is kept of a module, by its first convolution's weight, after a change that cannot be seen.
+
+    What a captured CUDA graph reads is not freed.
+    """
     _packed.forget(weight)
     _folded.forget(weight)
+    if torch.__future__.get_swap_module_params_on_conversion():
+        pin_for_good(weight)
 
 
 def tensors_of(conv: ConvParams) -> list[Tensor]:

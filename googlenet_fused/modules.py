@@ -14,7 +14,7 @@ from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm
 from googlenet_fused.direct import DirectCall, unobserved
 from googlenet_fused.ops import conv2d_relu, inception
 from googlenet_fused.packing import BatchNormParams, ConvParams, spec_of_weights
-from googlenet_fused.parameter_cache import ModuleWatch
+from googlenet_fused.parameter_cache import ModuleWatch, capturing
 from googlenet_fused.spec import InceptionSpec
 
 _CONV_BLOCKS = {("googlenet_fused.blocks", "BasicConv2d"), ("torchvision.models.googlenet", "BasicConv2d")}
@@ -86,7 +86,7 @@ class _Fused(nn.Module):
 
     def _make_shortcut(self, x: Tensor) -> None:
         """After a call with ``x`` that went through the operator: spare the next ones that."""
-        if not unobserved(x) or self.training or x.is_meta or not x.numel():
+        if not unobserved(x) or self.training or x.is_meta or not x.numel() or capturing(x):
             return
         try:
             self._watch = ModuleWatch(self, lambda: self._bind_direct(x))
@@ -163,7 +163,7 @@ class FusedInception(_Fused, Inception):
     A change that leaves neither a new tensor nor a new version behind, such as ``weight.data.mul_(2)`` or a write to shared
     memory by another process, is followed only after ``train()``, ``eval()`` or ``repack()``. Hooks on the inner
     convolutions do not fire while the module runs fused, and another pool or dilation put into it later is not
-    looked at.
+    looked at. A captured CUDA graph keeps computing with the weights of its capture: after a change, capture anew.
 
     Args:
         in_channels, ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj: the widths, any positive integers.

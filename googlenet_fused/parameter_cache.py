@@ -43,12 +43,64 @@ def _stepped_since(steps: int, tensors: Sequence[Tensor]) -> bool:
 _FOLLOWED = {Tensor, Parameter}
 
 
+# A CUDA device reads a kept value after the call that hands it out: on whichever stream that call was made, and in a captured
+# graph at every replay.
+
+_pinned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by source: by id, the values that captured graphs read
+_pinned_for_good: list[Sequence[Tensor]] = []
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is done with ``tensor`` now is captured in a CUDA graph instead of run."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def lend(source: Tensor, value: Sequence[Tensor], streams: set[int]) -> None:
+    """Have ``value``, kept of ``source``, outlive the CUDA kernels that the caller is about to launch on it.
+
+    A graph that captures them may be replayed for as long as ``source`` lives, and so does ``value`` then. Otherwise its memory
+    is not used for anything else before they are done: ``streams`` are those for which the allocator knows that.
+    """
+    if not source.is_cuda:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _pinned.setdefault(source, {})[id(value)] = value
+    elif (handle := _current_stream(source)) not in streams:
+        stream = torch.cuda.current_stream(source.device)
+        if stream.stream_id != handle or handle == 0:  # an external one may be gone when the allocator turns to it
+            for tensor in value:
+                tensor.record_stream(stream)
+        streams.add(handle)
+
+
+def pin_for_good(source: Tensor) -> None:
+    """Let go of ``source``, which torch does not swap while there are weak references to it, but not of what graphs read."""
+    _pinned_for_good.extend(_pinned.pop(source, {}).values())
+
+
+def _settle(source: Tensor) -> set[int]:
+    """Wait for a value just built of ``source``; the streams that may read it without the allocator's knowledge.
+
+    A later call on another stream would read it too early, as nothing orders the two. Values are built rarely enough to wait.
+    """
+    if not source.is_cuda:
+        return set()
+    stream = torch.cuda.current_stream(source.device)
+    stream.synchronize()
+    return {stream.cuda_stream}
+
+
+def _current_stream(tensor: Tensor) -> int:
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index)  # torch.cuda.current_stream would take ten times as long
+
+
 class _Entry(NamedTuple, Generic[Value]):
     sources: tuple[ReferenceType[Tensor], ...]
     aliases: tuple[Tensor, ...]  # keep the memory, so that an address cannot come to mean another tensor's
     states: list[tuple[int, int]]
     optimizer_steps: int
     value: Value
+    streams: set[int]
 
 
 class ParameterCache(Generic[Value]):
@@ -59,6 +111,9 @@ class ParameterCache(Generic[Value]):
     training steps and ``Module.to`` all change one of these. A write through ``.data``, through ``.detach().numpy()``, by
     another process to shared memory, or by batch norm to its running statistics changes none and cannot be seen: ``forget``
     serves those cases.
+
+    Values on a CUDA device may be used on every stream. While the current one captures a graph, none is kept; one kept before
+    is, beyond its validity, for as long as its first source tensor lives, since every replay reads it.
     """
 
     def __init__(self) -> None:
@@ -78,13 +133,16 @@ class ParameterCache(Generic[Value]):
                 if known() is not source:
                     break
             else:
+                lend(sources[0], entry.value, entry.streams)
                 return entry.value
+        if capturing(sources[0]):  # each replay makes the value anew, in the graph's memory: before the first it is not there
+            return _build_detached(build)
         if entry is not None:
             by_key.clear()  # what was built for other keys is stale too
         value = _build_detached(build)
         if all(type(tensor) is Tensor for tensor in value):  # under a fake mode it is not
             references, aliases = tuple(ref(source) for source in sources), tuple(source.detach() for source in sources)
-            by_key[key] = _Entry(references, aliases, states, _optimizer_steps, value)
+            by_key[key] = _Entry(references, aliases, states, _optimizer_steps, value, _settle(sources[0]))
         return value
 
     def forget(self, source: Tensor) -> None:

@@ -6,12 +6,13 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import cases
 import pytest
 import torch
+from pretended_cuda import PretendedCuda
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune
@@ -19,18 +20,19 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from googlenet_fused import CannotFuse, FusedInception, modules, use_backend
-from googlenet_fused.blocks import BasicConv2d
+from googlenet_fused.backends import registry
+from googlenet_fused.blocks import BasicConv2d, Norm
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.randomize import randomize_
 
 both_kinds = pytest.mark.parametrize("kind", ["inception", "stem"])
 
 
-def make(kind: str, backend: str = "auto") -> FusedInception | FusedConv2d:
+def make(kind: str, backend: str = "auto", norm: Norm = "batch") -> FusedInception | FusedConv2d:
     """A fused module of 5 input channels."""
     if kind == "inception":
-        return cases.fused_inception(cases.TINY, backend=backend)
-    plain = randomize_(BasicConv2d(5, 4, kernel_size=3, stride=2, padding=1)).eval()
+        return cases.fused_inception(cases.TINY, norm, backend=backend)
+    plain = randomize_(BasicConv2d(5, 4, norm=norm, kernel_size=3, stride=2, padding=1)).eval()
     return FusedConv2d.from_module(plain, backend=backend)
 
 
@@ -394,8 +396,6 @@ def _replica(module: nn.Module) -> nn.Module:
 
 @both_kinds
 def test_the_backend_asked_for_is_the_one_that_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from googlenet_fused.backends import registry
-
     ran: list[str] = []
     for name in ("cpu", "reference"):
         backend = registry.get(name)
@@ -469,12 +469,16 @@ def test_an_empty_batch_after_a_full_one(kind: str) -> None:
 
 @both_kinds
 @pytest.mark.parametrize("conversion", ["double", "load_state_dict"])
-def test_parameters_that_torch_swaps(kind: str, conversion: str) -> None:
+@pytest.mark.parametrize("captured", [False, True])
+def test_parameters_that_torch_swaps(kind: str, conversion: str, captured: bool, cuda: PretendedCuda) -> None:
     module = nn.Sequential(make(kind))
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with torch.no_grad():
             module(image()), module(image())
+            cuda.capturing = captured
+            module(image())
+            cuda.capturing = False
             if conversion == "double":
                 assert module.double()(image().double()).dtype == torch.float64
             else:
@@ -493,3 +497,122 @@ def test_a_compiled_plain_block_does_not_run_in_place_of_the_fused_one(kind: str
     fused = (FusedInception if kind == "inception" else FusedConv2d).from_module(plain)
     torch.testing.assert_close(fused(image()), expected, rtol=1e-4, atol=1e-4)
     assert len(operator_calls) == 1
+
+
+# On a CUDA device.
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
+    return PretendedCuda(monkeypatch)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """The weights that the cpu backend ran on, for each of its calls."""
+    calls: list[list[Tensor]] = []
+    backend = registry.get("cpu")
+    inception, conv2d_relu = backend.inception, backend.conv2d_relu
+
+    def read_inception(x: Tensor, packed: Sequence[Tensor], prepared: Sequence[Tensor], out: Tensor) -> None:
+        calls.append([*packed, *prepared])
+        inception(x, packed, prepared, out)
+
+    def read_conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor, prepared: Sequence[Tensor], *geometry: object) -> Tensor:
+        calls.append([weight, bias, *prepared])
+        return conv2d_relu(x, weight, bias, prepared, *geometry)
+
+    monkeypatch.setattr(backend, "inception", read_inception)
+    monkeypatch.setattr(backend, "conv2d_relu", read_conv2d_relu)
+    return calls
+
+
+def still_alive(references: list[weakref.ref[Tensor]]) -> list[bool]:
+    return [reference() is not None for reference in references]
+
+
+@both_kinds
+def test_a_first_call_in_a_capture_leaves_nothing_to_later_ones(
+    kind: str, cuda: PretendedCuda, operator_calls: list[str], reads: list[list[Tensor]]
+) -> None:
+    module = make(kind, backend="cpu")
+    with torch.no_grad():
+        cuda.capturing = True
+        expected = module(image())
+        assert torch.equal(module(image()), expected)
+        in_graph = [weakref.ref(tensor) for call in reads for tensor in call]
+        reads.clear()
+        assert not any(still_alive(in_graph))
+        cuda.capturing = False
+        for _ in range(3):
+            assert torch.equal(module(image()), expected)
+    assert len(operator_calls) == 3
+    assert [list(map(id, call)) for call in reads] == [list(map(id, reads[0]))] * 3
+
+
+@both_kinds
+@pytest.mark.parametrize("way", ["operator", "direct"])
+@pytest.mark.parametrize(
+    "change", ["weight written", "weight given other data", "loaded", "moved through half", "one norm in training"]
+)
+def test_what_a_graph_reads_lives_as_long_as_the_weight(
+    kind: str, way: str, change: str, cuda: PretendedCuda, operator_calls: list[str], reads: list[list[Tensor]]
+) -> None:
+    module = make(kind, backend="cpu").requires_grad_(False)
+    with torch.no_grad():
+        module(image()), module(image())
+    cuda.capturing = True
+    with torch.set_grad_enabled(way == "operator"):
+        module(image())
+    cuda.capturing = False
+    assert len(operator_calls) == (2 if way == "operator" else 1)
+    in_graph = [weakref.ref(tensor) for tensor in reads[-1]]
+    with torch.no_grad():
+        CHANGES[change](module)
+        module(image()), module(image())
+        module.repack()
+    reads.clear()
+    gc.collect()
+    assert all(still_alive(in_graph))
+    del module
+    gc.collect()
+    assert not any(still_alive(in_graph))
+
+
+@both_kinds
+def test_weights_that_no_graph_reads_are_freed(kind: str, cuda: PretendedCuda, reads: list[list[Tensor]]) -> None:
+    module = make(kind, backend="cpu")
+    with torch.no_grad():
+        module(image()), module(image())
+        read = [weakref.ref(tensor) for tensor in reads[-1]]
+        reads.clear()
+        _replace_weight(module)
+        module(image())
+    assert not any(still_alive(read))
+
+
+@both_kinds
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_a_replay_reads_the_weights_of_its_capture(kind: str, norm: Norm, cuda: PretendedCuda) -> None:
+    module = make(kind, norm=norm)
+    with torch.no_grad():
+        before = module(image())
+        watch = module._watch
+        assert watch is not None
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.mul_(3)
+        assert torch.equal(watch.value.run(image()), before)
+        assert not torch.equal(module(image()), before)
+
+
+@both_kinds
+def test_the_allocator_is_told_once_of_each_other_stream(kind: str, cuda: PretendedCuda, reads: list[list[Tensor]]) -> None:
+    module = make(kind, backend="cpu")
+    with torch.no_grad():
+        module(image()), module(image())
+        cuda.default.recorded.clear()
+        for stream in (cuda.default, cuda.side, cuda.default, cuda.side):
+            cuda.stream = stream
+            module(image())
+        assert cuda.side.recorded == list(map(id, reads[-1]))
+        assert cuda.default.recorded == []

@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pretended_cuda import PretendedCuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from googlenet_fused.parameter_cache import ParameterCache
+from googlenet_fused import parameter_cache
+from googlenet_fused.parameter_cache import ParameterCache, pin_for_good
 
 
 class Counter:
@@ -220,3 +222,145 @@ def test_nothing_is_kept_of_a_fake_mode(allow_non_fake_inputs: bool, cache: Para
         if allow_non_fake_inputs:
             cache.get([source], None, Counter(source))
     assert torch.equal(cache.get([source], None, Counter(source)), source * 2)
+
+
+# On a CUDA device.
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
+    return PretendedCuda(monkeypatch)
+
+
+def test_a_value_is_waited_for_once_it_is_built(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
+    source = torch.randn(3)
+    waits_at_build = []
+
+    def build() -> Tensor:
+        waits_at_build.append(cuda.side.waits)
+        return source * 2
+
+    cuda.stream = cuda.side
+    cache.get([source], None, build)
+    assert (waits_at_build, cuda.side.waits) == ([0], 1)
+    cuda.stream = cuda.default
+    cache.get([source], None, build)
+    cuda.stream = cuda.side
+    source.add_(1)
+    cache.get([source], None, build)
+    assert (waits_at_build, cuda.side.waits, cuda.default.waits) == ([0, 1], 2, 0)
+
+
+def test_nothing_is_kept_of_a_capture(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
+    source = torch.randn(3)
+    build = Counter(source)
+    cuda.capturing = True
+    in_graph = [cache.get([source], None, build) for _ in range(2)]
+    assert all(torch.equal(value, source * 2) for value in in_graph)
+    assert cuda.default.waits == 0, "a stream that captures cannot be waited for"
+    alive = [weakref.ref(value) for value in in_graph]
+    del in_graph
+    assert not any(reference() is not None for reference in alive)
+    cuda.capturing = False
+    kept = cache.get([source], None, build)
+    assert cache.get([source], None, build) is kept
+    assert build.builds == 3
+
+
+def test_a_stale_value_is_not_used_in_a_capture_nor_its_successor_kept(
+    cache: ParameterCache[Tensor], cuda: PretendedCuda
+) -> None:
+    source = torch.randn(3)
+    build = Counter(source)
+    cache.get([source], None, build)
+    source.add_(1)
+    cuda.capturing = True
+    assert torch.equal(cache.get([source], None, build), source * 2)
+    cuda.capturing = False
+    assert torch.equal(cache.get([source], None, build), source * 2)
+    assert build.builds == 3
+
+
+DROPS: dict[str, Callable[[ParameterCache[Tensor], Tensor], object]] = {
+    "changed": lambda cache, source: source.add_(1),
+    "forgotten": lambda cache, source: cache.forget(source),
+    "changed and forgotten": lambda cache, source: (source.add_(1), cache.forget(source)),
+}
+
+
+@pytest.mark.parametrize("drop", DROPS)
+def test_what_a_graph_reads_lives_as_long_as_the_first_source(
+    drop: str, cache: ParameterCache[Tensor], cuda: PretendedCuda
+) -> None:
+    sources = [torch.randn(3), torch.randn(3)]
+    alive = []
+    for captures in (0, 1, 3):
+        cuda.capturing = False
+        value = cache.get(sources, None, Counter(*sources))
+        cuda.capturing = True
+        assert all(cache.get(sources, None, pytest.fail) is value for _ in range(captures))
+        alive.append(weakref.ref(value))
+        del value
+        DROPS[drop](cache, sources[0])
+        cuda.capturing = False
+        cache.get(sources, None, Counter(*sources))
+        DROPS[drop](cache, sources[0])
+    del sources[1]
+    gc.collect()
+    assert [reference() is not None for reference in alive] == [False, True, True]
+    assert len(parameter_cache._pinned[sources[0]]) == 2, "once each, however many captures"
+    del sources[0]
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_what_a_graph_reads_outlives_a_source_that_torch_swaps(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
+    source = torch.randn(3)
+    value = weakref.ref(cache.get([source], None, Counter(source)))
+    cuda.capturing = True
+    cache.get([source], None, pytest.fail)
+    cache.forget(source)
+    pin_for_good(source)
+    pin_for_good(torch.randn(3))
+    torch.utils.swap_tensors(source, torch.ones(3))
+    del source
+    gc.collect()
+    assert value() is not None
+
+
+def test_the_allocator_is_told_once_of_each_other_stream(
+    cache: ParameterCache[tuple[Tensor, ...]], cuda: PretendedCuda
+) -> None:
+    source, other = torch.randn(3), torch.randn(3)
+    value = cache.get([source], None, lambda: (source + 1, source + 2))
+    cache.get([other], None, lambda: (other + 1,))
+    for stream in (cuda.default, cuda.side, cuda.default, cuda.side):
+        cuda.stream = stream
+        assert cache.get([source], None, pytest.fail) is value
+    assert cuda.side.recorded == [id(tensor) for tensor in value]
+    assert cuda.default.recorded == []
+    source.add_(1)
+    value = cache.get([source], None, lambda: (source + 1,))
+    assert len(cuda.side.recorded) == 2
+    cuda.stream = cuda.default
+    cache.get([source], None, pytest.fail)
+    assert cuda.default.recorded == [id(value[0])]
+
+
+def test_the_allocator_is_not_told_of_a_stream_that_may_be_gone(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
+    source = torch.randn(3)
+    cache.get([source], None, Counter(source))
+    cuda.stream = cuda.external
+    cache.get([source], None, pytest.fail)
+    assert cuda.external.recorded == []
+
+
+def test_the_allocator_is_not_told_in_a_capture(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
+    source = torch.randn(3)
+    value = cache.get([source], None, Counter(source))
+    cuda.stream, cuda.capturing = cuda.side, True
+    cache.get([source], None, pytest.fail)
+    assert cuda.side.recorded == []
+    cuda.capturing = False
+    cache.get([source], None, pytest.fail)
+    assert len(cuda.side.recorded) == len(value)
