@@ -202,6 +202,21 @@ stage_tests() {
         --junitxml "$OUTPUT/tests.xml" "${files[@]}"
     code=$?
     if [ "$code" -eq 5 ]; then skip 'no GPU tests'; else became "$code" pytest; fi
+    [ "$code" -ne 0 ] || verify
+}
+
+verify() { # what passed here, for automatic choice to go by once it is committed
+    if limited 60 "$PYTHON" -m benchmarks.verify "$OUTPUT/tests.xml" ${COMMIT:+--commit "$COMMIT"} \
+        >"$SCRATCH/verified" 2>"$SCRATCH/verify"; then
+        cp "$SCRATCH/verified" "$OUTPUT/verified.json"
+        return
+    fi
+    cat "$SCRATCH/verify"
+    if [ -n "$timed_out" ]; then
+        note 'not recorded as verified: no time was left'
+    else
+        note "not recorded as verified: $(tail -n 1 "$SCRATCH/verify" | sed 's/^error: //')"
+    fi
 }
 
 sanitizer_lines=()
@@ -523,7 +538,7 @@ trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 trap 'interrupted 129' HUP
 detect
-for name in summary.txt log.txt stage.txt tests.xml probes.jsonl; do rm -f "$OUTPUT/$name"; done
+for name in summary.txt log.txt stage.txt tests.xml verified.json probes.jsonl; do rm -f "$OUTPUT/$name"; done
 printf 'machine: %s\n' "$machine"
 [ -z "$no_gpu" ] || printf '%s\n' "$no_gpu"
 failures=0

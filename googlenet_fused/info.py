@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from googlenet_fused import __version__
-from googlenet_fused.backends import registry
+from googlenet_fused.backends import registry, trust
 
 MINIMUM_TORCH = (2, 11)
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "rich", "matplotlib", "scikit-image")
@@ -152,21 +152,12 @@ def gpu_description() -> dict[str, Any] | None:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "name": properties.name,
-        "arch": f"sm_{properties.major}{properties.minor}",
+        "arch": trust.architecture(properties),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "l2_mib": round(properties.L2_cache_size / 2**20, 1),
-        "driver": nvidia_driver_version(),
+        "driver": trust.nvidia_driver_version(),
     }
-
-
-def nvidia_driver_version() -> str | None:
-    """The loaded NVIDIA driver's version, as Linux's ``/proc`` gives it; ``None`` where it does not."""
-    try:
-        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        return None
-    return found.group() if found else None
 
 
 def warnings(packages: Mapping[str, PackageState]) -> list[str]:
@@ -204,7 +195,7 @@ def warnings(packages: Mapping[str, PackageState]) -> list[str]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """``{name: {"available", "reason", "description"}}`` of every known backend; ``reason`` says why one is not available."""
+    """What ``registry.status`` says of every known backend, by name; ``reason`` says why one is not available."""
     return {name: dict(state) for name, state in registry.status().items()}
 
 
@@ -247,15 +238,26 @@ def as_text(facts: Mapping[str, Any]) -> str:
         }
     )
     lines += ["", "Backends"]
-    lines += _aligned(
-        {
-            name: f"available: {state['description']}" if state["available"] else f"not available: {state['reason']}"
-            for name, state in facts["backends"].items()
-        }
-    )
+    lines += _aligned({name: _backend_text(state) for name, state in facts["backends"].items()})
     if facts["warnings"]:
         lines += ["", "Warnings", *(f"  {text}" for text in facts["warnings"])]
     return "\n".join(lines)
+
+
+def _backend_text(state: Mapping[str, Any]) -> str:
+    text = f"available: {state['description']}" if state["available"] else f"not available: {state['reason']}"
+    if not state["needs_verification"]:
+        return text
+    parts = [text, *(_verified_text(entry) for entry in state["verified_on"])]
+    if not state["verified_on"]:
+        parts.append("has not run on hardware yet: automatic choice uses it on a GPU only after a self-check there")
+    return "; ".join(parts)
+
+
+def _verified_text(entry: Mapping[str, Any]) -> str:
+    triton = f", triton {entry['triton']}" if entry["triton"] else ""
+    earlier = "" if entry["current"] else " with an earlier state of its kernels"
+    return f"verified on {entry['gpu']} (torch {entry['torch']}{triton}, commit {entry['commit'][:9]}){earlier}"
 
 
 def _aligned(rows: Mapping[str, str]) -> list[str]:

@@ -28,9 +28,10 @@ class FakeBackend(ReferenceBackend):
 
     description = "made up by a test"
 
-    def __init__(self, name: str, refusal: str | None = None) -> None:
+    def __init__(self, name: str, refusal: str | None = None, doubts: str | None = None) -> None:
         self.name = name
         self.refusal = refusal
+        self.doubts = doubts
         self.calls = 0
 
     def probe(self) -> str | None:
@@ -38,6 +39,10 @@ class FakeBackend(ReferenceBackend):
 
     def supports(self, problem: Problem) -> str | None:
         return self.refusal
+
+    def doubt(self, problem: Problem) -> str | None:
+        assert self.refusal is None, "it was asked in vain"
+        return self.doubts
 
     def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
         self.calls += 1
@@ -125,8 +130,9 @@ def test_status_says_why_a_backend_is_not_available(own_registry: None) -> None:
     registry.register(FakeBackend("present"))
     status = registry.status()
     assert list(status) == registry.names()
-    assert status["absent"] == {"available": False, "reason": "its hardware is on order", "description": "made up by a test"}
-    assert status["present"] == {"available": True, "reason": None, "description": "made up by a test"}
+    common = {"description": "made up by a test", "needs_verification": False, "verified_on": []}
+    assert status["absent"] == {"available": False, "reason": "its hardware is on order", **common}
+    assert status["present"] == {"available": True, "reason": None, **common}
     assert status["reference"]["available"]
     for entry in status.values():
         assert entry["available"] == (entry["reason"] is None)
@@ -198,6 +204,42 @@ def test_automatic_choice_takes_the_one_registered_last(fakes: tuple[FakeBackend
     assert (first.calls, second.calls) == (1, 1)
 
 
+def test_automatic_choice_passes_over_a_doubtful_backend(fakes: tuple[FakeBackend, FakeBackend]) -> None:
+    first, second = fakes
+    second.doubts = "nobody has seen it run"
+    run()
+    assert (first.calls, second.calls) == (1, 0)
+    second.doubts = None
+    run()
+    assert (first.calls, second.calls) == (1, 1)
+
+
+def test_a_named_backend_runs_in_spite_of_doubts(fakes: tuple[FakeBackend, FakeBackend]) -> None:
+    first, second = fakes
+    second.doubts = "nobody has seen it run"
+    run("second")
+    with use_backend("second"):
+        run()
+    with torch.no_grad():
+        fused_inception(TINY, backend="second")(random_input(TINY, 1, 4, 3))
+    assert (first.calls, second.calls) == (0, 3)
+
+
+def test_a_doubtful_backend_is_one_that_can(fakes: tuple[FakeBackend, FakeBackend]) -> None:
+    first, second = fakes
+    first.doubts, second.refusal = "nobody has seen it run", "not today"
+    with pytest.raises(BackendError, match="Backends that can: 'first', "):
+        run("second")
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_backends_of_a_cpu_are_not_doubted(name: str) -> None:
+    backend = registry.get(name)
+    assert not backend.needs_verification
+    for device in ("cpu", "cuda"):
+        assert backend.doubt(Problem(torch.device(device), torch.float32, TINY)) is None
+
+
 @pytest.mark.parametrize("how", ["argument", "module", "use_backend"])
 def test_a_named_backend_that_refuses_is_an_error(how: str, fakes: tuple[FakeBackend, FakeBackend]) -> None:
     first, second = fakes
@@ -242,6 +284,13 @@ def test_no_backend_runs_integers(backend: str) -> None:
         registry.select(backend, Problem(CPU, torch.int32, TINY))
 
 
+def test_automatic_choice_without_a_candidate_gives_every_doubt(own_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", {})
+    registry.register(FakeBackend("one", doubts="nobody has seen it run"))
+    with pytest.raises(BackendError, match=r"no backend can run .*: one: nobody has seen it run"):
+        registry.select("auto", Problem(CPU, torch.float32, TINY))
+
+
 def test_automatic_choice_without_a_candidate_gives_every_reason() -> None:
     every_reason = r"(?=.*cpu: .+int32)(?=.*reference: .+int32)"
     with pytest.raises(BackendError, match=rf"no backend can run .* in int32 on cpu: {every_reason}"):
@@ -281,10 +330,12 @@ def test_automatic_choice_says_who_refused(own_registry: None, caplog: pytest.Lo
     caplog.set_level(logging.INFO, "googlenet_fused")
     registry.register(FakeBackend("fast"))
     registry.register(FakeBackend("faster", refusal="it is asleep"))
+    registry.register(FakeBackend("fastest", doubts="nobody has seen it run"))
     run()
     (record,) = caplog.records
     assert "chose backend 'fast'" in record.getMessage()
     assert "faster: it is asleep" in record.getMessage()
+    assert "fastest: nobody has seen it run" in record.getMessage()
     assert record.levelno == logging.INFO, "the last resort was not needed"
 
 

@@ -65,6 +65,7 @@ class Stage:
             *cuda.is_available*) printf '{answer}\\n' ;;
             *lineup*) echo fused_triton fused_reference ;;
             *"-m benchmarks.summary"*) exec "{sys.executable}" "$@" ;;
+            *"-m benchmarks.verify"*) echo '[{{"backend": "triton"}}]' ;;
             *"gpu and sanitizer"*) ;;
             *"-m pytest"*) cp "{self.junit}" "{self.out}/tests.xml" ;;
             *"-m benchmarks.run"*) cp "{self.results}" "{self.out}/results.json" ;;
@@ -261,7 +262,7 @@ def test_probes_with_nothing_to_build_them_are_skipped(stage: Stage) -> None:
 def test_this_repository_without_a_gpu(tmp_path: Path) -> None:
     """Nothing is a stand-in here."""
     script = [str(ROOT / "benchmarks/gpu.sh"), "--output", str(tmp_path / "out"), "--python", sys.executable]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}  # a probe compiles kernels
     done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "out/summary.txt").read_text().splitlines()
@@ -326,7 +327,7 @@ def test_every_stage_in_the_order_of_worth(stage: Stage) -> None:
     assert lines[0] == "machine: NVIDIA Test, sm_90, 132 multiprocessors, 79 GiB, torch 2.11.0, driver 580.1"
     assert "tests: 1 passed, 0 failed, 0 skipped" in lines
     assert any("torchvision fp16" in line and "b1 2.00x 1 " in line for line in lines)
-    files = ["log.txt", "probes.jsonl", "results.json", "summary.txt", "tests.xml"]
+    files = ["log.txt", "probes.jsonl", "results.json", "summary.txt", "tests.xml", "verified.json"]
     assert sorted(path.name for path in stage.out.iterdir()) == files
 
 
@@ -387,6 +388,46 @@ def test_a_failing_stage_does_not_stop_the_next(stage: Stage) -> None:
     assert outcomes["bench-nets"].startswith("ok")
     assert "    | a test broke" in printed
     assert "  FAILED: tests.test_gpu.test_a" in stage.summary()
+
+
+def test_tests_that_passed_are_recorded(stage: Stage) -> None:
+    stage.gpu_machine()
+    stage.run("--stages", "tests", "--commit", "abc123")
+    (call,) = [call for call in stage.calls("python") if "benchmarks.verify" in call]
+    assert call == f"-m benchmarks.verify {stage.out}/tests.xml --commit abc123"
+    assert json.loads((stage.out / "verified.json").read_text()) == [{"backend": "triton"}]
+    assert "not recorded" not in stage.outcomes()["tests"]
+
+
+def test_why_nothing_is_recorded_is_in_the_summary(stage: Stage) -> None:
+    stage.gpu_machine()
+    stage.python('*"-m benchmarks.verify"*) echo "["; echo a warning >&2; echo "error: the tree is dirty" >&2; exit 1 ;;')
+    stage.run("--stages", "tests")
+    (call,) = [call for call in stage.calls("python") if "benchmarks.verify" in call]
+    assert call == f"-m benchmarks.verify {stage.out}/tests.xml"
+    assert stage.outcomes()["tests"].startswith("ok")
+    assert stage.outcomes()["tests"].endswith(" not recorded as verified: the tree is dirty")
+    assert "a warning" in (stage.out / "log.txt").read_text()
+    assert not (stage.out / "verified.json").exists()
+
+
+def test_a_record_that_takes_too_long_is_left_out(stage: Stage) -> None:
+    stage.gpu_machine()
+    shorten(stage, "tests", 1, 1, 0)
+    stage.python('*"-m benchmarks.verify"*) echo "[]"; exec sleep 60 ;;')
+    stage.run("--stages", "tests")
+    assert stage.outcomes()["tests"].startswith("ok")
+    assert stage.outcomes()["tests"].endswith(" not recorded as verified: no time was left")
+    assert not (stage.out / "verified.json").exists()
+
+
+@pytest.mark.parametrize("status", [1, 5])
+def test_nothing_is_recorded_of_tests_that_did_not_pass(stage: Stage, status: int) -> None:
+    stage.gpu_machine()
+    stage.python(f'*"-m gpu "*) cp "{stage.junit}" "{stage.out}/tests.xml"; exit {status} ;;')
+    stage.run("--stages", "tests", status=int(status == 1))
+    assert not any("benchmarks.verify" in call for call in stage.calls("python"))
+    assert not (stage.out / "verified.json").exists()
 
 
 def test_a_stage_without_gpu_tests_is_skipped(stage: Stage) -> None:

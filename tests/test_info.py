@@ -8,12 +8,14 @@ import os
 import platform
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from googlenet_fused import __version__, info
+from googlenet_fused.backends import trust
 from googlenet_fused.info import PackageState
 
 
@@ -41,9 +43,10 @@ def test_every_backend_says_why_it_is_not_available(facts: dict[str, object]) ->
     assert isinstance(backends, dict)
     assert {"cpu", "reference"} <= set(backends)
     for state in backends.values():
-        assert set(state) == {"available", "reason", "description"}
+        assert set(state) == {"available", "reason", "description", "needs_verification", "verified_on"}
         assert state["available"] == (state["reason"] is None)
         assert state["description"]
+        assert state["needs_verification"] or state["verified_on"] == []
 
 
 def test_the_machine_is_described(facts: dict[str, object]) -> None:
@@ -55,10 +58,67 @@ def test_the_machine_is_described(facts: dict[str, object]) -> None:
     assert machine["cpu"] != "unknown"
 
 
+def backend_state(**changes: Any) -> dict[str, Any]:
+    """Of a backend that is available, as the report has it."""
+    return {"available": True, "reason": None, "description": "d", "needs_verification": False, "verified_on": [], **changes}
+
+
+def verified_entry(**changes: Any) -> dict[str, Any]:
+    facts = {"gpu": "NVIDIA H100", "arch": "sm_90", "torch": "2.11.0", "triton": "3.6.0", "commit": "0123456789abcdef"}
+    return {**facts, "date": "2026-01-02", "current": True, **changes}
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({"verified_on": [], "needs_verification": False}, "available: d"),
+        (
+            {"verified_on": []},
+            "available: d; has not run on hardware yet: automatic choice uses it on a GPU only after a self-check there",
+        ),
+        (
+            {"available": False, "reason": "none"},
+            "not available: none; has not run on hardware yet: automatic choice uses it on a GPU only after a self-check there",
+        ),
+        (
+            {"verified_on": [verified_entry()]},
+            "available: d; verified on NVIDIA H100 (torch 2.11.0, triton 3.6.0, commit 012345678)",
+        ),
+        (
+            {"verified_on": [verified_entry(gpu="NVIDIA L4", triton=None, current=False), verified_entry(commit="abc1")]},
+            "available: d; verified on NVIDIA L4 (torch 2.11.0, commit 012345678) with an earlier state of its kernels; "
+            "verified on NVIDIA H100 (torch 2.11.0, triton 3.6.0, commit abc1)",
+        ),
+    ],
+)
+def test_text_says_where_a_backend_was_verified(facts: dict[str, object], state: dict[str, Any], text: str) -> None:
+    state = backend_state(**{"needs_verification": True, **state})
+    lines = info.as_text({**facts, "backends": {"some": state}}).splitlines()
+    assert lines[lines.index("Backends") + 1] == f"  some  {text}"
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        name="NVIDIA Test", major=9, minor=0, multi_processor_count=132, total_memory=2**36, L2_cache_size=2**25
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(trust, "nvidia_driver_version", lambda: "580.1")
+    assert info.gpu_description() == {
+        "name": "NVIDIA Test",
+        "arch": "sm_90",
+        "multiprocessors": 132,
+        "memory_gib": 64.0,
+        "l2_mib": 32.0,
+        "driver": "580.1",
+    }
+
+
 def test_text_names_every_backend_and_reason(facts: dict[str, object]) -> None:
-    changed = {**facts, "backends": {"nope": {"available": False, "reason": "no such device", "description": "d"}}}
+    changed = {**facts, "backends": {"nope": backend_state(available=False, reason="no such device")}}
     text = info.as_text({**changed, "warnings": ["look out"]})
-    assert "nope  not available: no such device" in text
+    assert "nope  not available: no such device\n" in text
     assert "look out" in text
     assert f"googlenet_fused {__version__}" in text
     assert "GPU" in text

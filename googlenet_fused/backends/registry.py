@@ -35,10 +35,24 @@ class Problem:
         return f"{what} in {str(self.dtype).removeprefix('torch.')} on {self.device.type}"
 
 
+class VerifiedOn(TypedDict):
+    """A GPU on which the tests passed; ``current`` says whether with the backend's sources as they are now."""
+
+    gpu: str
+    arch: str
+    torch: str
+    triton: str | None
+    commit: str
+    date: str
+    current: bool
+
+
 class BackendStatus(TypedDict):
     available: bool
     reason: str | None
     description: str
+    needs_verification: bool
+    verified_on: list[VerifiedOn]
 
 
 class Backend(ABC):
@@ -46,6 +60,8 @@ class Backend(ABC):
 
     name: str
     description: str
+    needs_verification = False
+    """Whether automatic choice uses it on a GPU only where it was seen to be right (see ``trust``)."""
 
     @abstractmethod
     def probe(self) -> str | None:
@@ -54,6 +70,13 @@ class Backend(ABC):
     @abstractmethod
     def supports(self, problem: Problem) -> str | None:
         """Why this backend cannot run ``problem``, or None if it can."""
+
+    def doubt(self, problem: Problem) -> str | None:
+        """Why automatic choice passes this backend over although it supports ``problem``, or None.
+
+        A backend that was asked for by name runs all the same. It is asked at every call, so an answer should be kept.
+        """
+        return None
 
     def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
         """What ``inception`` wants of the packed weights in a form of its own: made once and kept for as long as they are.
@@ -90,6 +113,9 @@ class Backend(ABC):
     ) -> Tensor:
         """``relu(conv2d(x, weight, bias))``, channels_last. Torch's own operators unless a backend has something better."""
         out = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, stride, padding).relu_()
+        laid_out = torch.empty_like(out, device="meta", memory_format=torch.channels_last)
+        if out.stride() == laid_out.stride():  # asked so, because strides of one channel or pixel are ambiguous
+            return out
         return torch.empty_like(out, memory_format=torch.channels_last).copy_(out)
 
 
@@ -131,11 +157,20 @@ def check_name(name: str) -> None:
 
 
 def status() -> dict[str, BackendStatus]:
-    """For every backend: whether it can run on this machine and, if not, why."""
+    """For every backend: whether it can run on this machine and, if not, why; and the GPUs that it is known to be right on."""
+    from googlenet_fused.backends import trust  # which needs this module
+
     report: dict[str, BackendStatus] = {}
     for name in names():
-        reason = _backends[name].probe()
-        report[name] = {"available": reason is None, "reason": reason, "description": _backends[name].description}
+        backend = _backends[name]
+        reason = backend.probe()
+        report[name] = {
+            "available": reason is None,
+            "reason": reason,
+            "description": backend.description,
+            "needs_verification": backend.needs_verification,
+            "verified_on": trust.verified_on(backend) if backend.needs_verification else [],
+        }
     return report
 
 
@@ -161,7 +196,8 @@ def requested(name: str) -> str:
 
 
 def select(name: str, problem: Problem) -> Backend:
-    """The backend for ``problem``: the one named, else the one of ``use_backend``, else the most preferred that supports it.
+    """The backend for ``problem``: the one named, else the one of ``use_backend``, else the most preferred that supports it
+    without a doubt.
 
     Raises:
         ValueError: no backend has this name.
@@ -181,6 +217,8 @@ def select(name: str, problem: Problem) -> Backend:
     for candidate in names():
         backend = _backends[candidate]
         reason = backend.supports(problem)
+        if reason is None:
+            reason = backend.doubt(problem)
         if reason is None:
             _announce(backend, problem, refusals)
             return backend

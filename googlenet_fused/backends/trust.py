@@ -1,0 +1,413 @@
+"""Whether automatic choice may use a GPU backend on the device at hand: only where it was seen to be right.
+
+Either a record that comes with the package (``verified.json``) says that the backend's tests passed on such a GPU, or a
+self-check against the plain modules has passed on the device itself, which is remembered in the user's cache for as long as
+GPU, driver, versions and the backend's sources stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from threading import RLock
+from types import UnionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from googlenet_fused.backends import registry
+from googlenet_fused.backends.registry import Backend, Problem, VerifiedOn
+from googlenet_fused.blocks import BasicConv2d, Inception
+from googlenet_fused.packing import ConvParams, PackedInception, fold_batch_norm, pack_inception
+from googlenet_fused.randomize import randomize_
+from googlenet_fused.spec import GOOGLENET_SPECS, InceptionSpec
+from googlenet_fused.tolerance import compare, references
+from googlenet_fused.user_files import cache_folder, read_json, write_json
+
+logger = logging.getLogger("googlenet_fused")
+
+VERIFIED = Path(__file__).with_name("verified.json")
+REMEMBERED = "self-checks.json"
+"""The file in the user's cache that holds the self-checks that passed."""
+
+KEPT = 200
+"""Self-checks that are remembered at most, the latest ones."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that a verdict on a backend depends on."""
+
+    gpu: str
+    arch: str
+    driver: str | None
+    torch: str
+    triton: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Verification(Identity):
+    """A run of the tests in which this backend failed none: an entry of ``verified.json``."""
+
+    backend: str
+    commit: str
+    date: str
+    tests: int
+
+    def covers(self, here: Identity) -> bool:
+        """Whether what was found there holds here, too. Drivers are meant to be exchangeable."""
+        return all(getattr(self, name) == getattr(here, name) for name in ("gpu", "torch", "triton", "fingerprint"))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What ``verified.json`` has one entry for, and the order of its entries."""
+        return self.backend, self.gpu, self.torch, self.triton or ""
+
+
+# What is here.
+
+
+def fingerprint(backend: Backend) -> str:
+    """16 hex digits that change with the sources of a backend: its file, or all code and tables of the package it is in."""
+    return _fingerprint(type(backend))
+
+
+@cache
+def _fingerprint(cls: type[Backend]) -> str:
+    digest = hashlib.sha256()
+    root, sources = _sources(Path(inspect.getfile(cls)).resolve())
+    for path in sources:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def _sources(file: Path) -> tuple[Path, list[Path]]:
+    """The folder and the files that belong to ``file``: alone if it stands beside this one or in no package."""
+    own, root = Path(__file__).resolve().parent, file.parent
+    if root == own or not (root / "__init__.py").exists():
+        return root, [file]
+    while root.parent != own and (root.parent / "__init__.py").exists():
+        root = root.parent
+    return root, sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json") and path.is_file())
+
+
+def identity(backend: Backend, device_index: int) -> Identity:
+    """The backend with the CUDA device of that index and the versions that run."""
+    properties = torch.cuda.get_device_properties(device_index)
+    return Identity(
+        gpu=properties.name,
+        arch=architecture(properties),
+        driver=nvidia_driver_version(),
+        torch=str(torch.__version__),
+        triton=_triton_version(),
+        fingerprint=fingerprint(backend),
+    )
+
+
+def architecture(properties: Any) -> str:
+    """``sm_90`` or ``gfx942``, from ``torch.cuda.get_device_properties``."""
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """The dtype's name; ``tf32`` for fp32 while torch's flags allow convolutions that on a GPU, as other kernels run then."""
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
+def nvidia_driver_version() -> str | None:
+    """The loaded NVIDIA driver's version, as Linux's ``/proc`` gives it; ``None`` where it does not."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found.group() if found else None
+
+
+@cache
+def _triton_version() -> str | None:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except Exception:  # an import can fail in any way
+        return None
+
+
+# What was verified before.
+
+
+def read_verifications(path: Path) -> list[Verification]:
+    """The entries of a file like ``verified.json``.
+
+    Raises:
+        ValueError: the file is none; the message names it and the entry.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, list):
+        raise ValueError(f"{path} must hold a list of entries, got {type(found).__name__}")
+    for index, entry in enumerate(found):
+        if (fault := _fault_of_entry(entry)) is not None:
+            raise ValueError(f"{path}: entry {index} {fault}")
+    return [Verification(**entry) for entry in found]
+
+
+def _fault_of_entry(entry: Any) -> str | None:
+    kinds: dict[str, type | UnionType] = {field.name: str for field in fields(Verification)}
+    kinds |= {"driver": str | None, "triton": str | None, "tests": int}
+    if not isinstance(entry, dict) or entry.keys() != kinds.keys():
+        return f"must have the fields {', '.join(kinds)}, got {', '.join(entry) if isinstance(entry, dict) else repr(entry)}"
+    wrong = next((name for name, kind in kinds.items() if not isinstance(entry[name], kind)), None)
+    return None if wrong is None else f"has {entry[wrong]!r} for {wrong}"
+
+
+@cache
+def _verified() -> list[Verification]:
+    return read_verifications(VERIFIED)
+
+
+def verifications(backend_name: str) -> list[Verification]:
+    """The GPUs on which the tests of this backend passed, by the record that comes with the package.
+
+    Raises:
+        ValueError: that record is damaged.
+    """
+    return [entry for entry in _verified() if entry.backend == backend_name]
+
+
+def verified_on(backend: Backend) -> list[VerifiedOn]:
+    """``verifications`` as ``doctor`` tells them."""
+    return [
+        {
+            "gpu": entry.gpu,
+            "arch": entry.arch,
+            "torch": entry.torch,
+            "triton": entry.triton,
+            "commit": entry.commit,
+            "date": entry.date,
+            "current": entry.fingerprint == fingerprint(backend),
+        }
+        for entry in verifications(backend.name)
+    ]
+
+
+def record(commit: str, date: str, tests: Mapping[str, int]) -> list[dict[str, Any]]:
+    """New entries for ``verified.json``, of the current CUDA device.
+
+    Args:
+        commit: that of the code that was tested.
+        date: when.
+        tests: how many tests of a backend passed on the device, by its name; none may have failed.
+    """
+    found = []
+    for backend in map(registry.get, registry.names()):
+        if backend.needs_verification and backend.probe() is None and tests.get(backend.name, 0) > 0:
+            here = identity(backend, torch.cuda.current_device())
+            found.append(
+                Verification(**asdict(here), backend=backend.name, commit=commit, date=date, tests=tests[backend.name])
+            )
+    return [asdict(entry) for entry in found]
+
+
+# What automatic choice asks.
+
+_answers: dict[tuple[str, int | None, str], str | None] = {}
+_answering = RLock()  # so that a check runs once, whichever thread asks
+
+
+def doubt(backend: Backend, problem: Problem) -> str | None:
+    """Why automatic choice is not to use ``backend`` for problems of this device and arithmetic, or None.
+
+    For ``Backend.doubt``. Runs a self-check if nothing is known yet, and says so.
+    """
+    device = problem.device
+    if device.type != "cuda":
+        return None
+    key = backend.name, device.index, arithmetic(problem.dtype)
+    if key in _answers:
+        return _answers[key]
+    if not torch.cuda.is_available():
+        return None
+    if device.index is None:
+        return doubt(backend, replace(problem, device=torch.device("cuda", torch.cuda.current_device())))
+    with _answering:
+        if key in _answers:
+            return _answers[key]
+        here = identity(backend, device.index)
+        check = {"backend": backend.name, "arithmetic": arithmetic(problem.dtype), **asdict(here)}
+        if any(entry.covers(here) for entry in verifications(backend.name)) or check in _passed():
+            _answers[key] = None
+        elif (hindrance := _hindrance()) is not None:
+            return hindrance
+        else:
+            _answers[key] = _check(backend, problem, check)
+        return _answers[key]
+
+
+def _hindrance() -> str | None:
+    """Why no self-check can run just now, or None."""
+    if torch.cuda.is_current_stream_capturing():
+        return "its self-check on this device cannot run while a CUDA graph is captured: call the model once before"
+    # Not a documented interface. A dispatch mode, such as that of fake tensors, would see all that a self-check does.
+    if torch.compiler.is_compiling() or getattr(torch._C, "_len_torch_dispatch_stack", int)():
+        return "its self-check on this device cannot run while the model is traced: call the model once before"
+    return None
+
+
+def _check(backend: Backend, problem: Problem, check: Mapping[str, str | None]) -> str | None:
+    """Runs the self-check, says what came of it and, if it passed, remembers it as ``check``."""
+    began = time.perf_counter()
+    fault = self_check(backend, problem)
+    seconds = time.perf_counter() - began
+    what = (
+        f"backend {backend.name!r} has not been verified on {check['gpu']}; "
+        f"a self-check of {len(_runs(backend, problem))} modules in {check['arithmetic']}"
+    )
+    if fault is not None:
+        logger.warning("%s failed: %s: automatic choice passes it over", what, fault)
+        return f"its self-check on this device failed: {fault}"
+    logger.info("%s passed in %.1f s: automatic choice uses it", what, seconds)
+    _remember(check)
+    return None
+
+
+def _passed() -> list[Any]:
+    """The self-checks that passed, as the user's cache has them: none where it cannot be trusted or read."""
+    try:
+        path = cache_folder() / REMEMBERED
+        found = read_json(path)
+        if found is not None and not isinstance(found, list):
+            raise ValueError(f"{path} holds no list: remove it")
+    except (OSError, ValueError) as error:
+        _warn(f"self-checks that passed before are not known and run anew: {error}")
+        return []
+    return found or []
+
+
+def _remember(check: Mapping[str, str | None]) -> None:
+    try:
+        write_json(cache_folder() / REMEMBERED, [*_passed(), check][-KEPT:])
+    except (OSError, ValueError) as error:
+        _warn(f"a self-check that passed is not remembered and will run anew: {error}")
+
+
+@cache
+def _warn(message: str) -> None:
+    logger.warning(message)
+
+
+# The self-check.
+
+_ODD = InceptionSpec(13, 7, 11, 17, 3, 5, 19)
+_RUNS: tuple[tuple[InceptionSpec | None, tuple[int, int, int]], ...] = (
+    (None, (2, 15, 11)),
+    (replace(_ODD, large_kernel=3), (3, 6, 9)),
+    (_ODD, (3, 6, 9)),
+    (replace(GOOGLENET_SPECS["4a"], large_kernel=3), (1, 14, 14)),
+    (GOOGLENET_SPECS["5a"], (2, 7, 7)),
+)
+"""Widths that no kernel likes and GoogLeNet's, with batch, height and width; None is the stem's convolution."""
+
+_FENCE = 256
+"""Elements on either side of an output; a multiple of what any kernel aligns to."""
+
+
+def self_check(backend: Backend, problem: Problem) -> str | None:
+    """Why ``backend`` is not to be trusted on the problem's device and in its dtype, or None.
+
+    A few small modules, contiguous and channels_last, are judged by ``tolerance`` against the plain ones, which run under the
+    flags of torch that are in force. No random state of the caller's moves.
+    """
+    runs = _runs(backend, problem)
+    for one, shape in runs:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            try:
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+                    fault = _fault(backend, one, shape, layout)
+                    if problem.device.type == "cuda":
+                        torch.cuda.synchronize(problem.device)
+            except Exception as error:  # whatever a backend, its compiler or the device raises
+                fault = f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            if fault is not None:
+                return f"{one}, {str(layout).removeprefix('torch.')}: {fault}"
+    return None if runs else "it supports none of the modules of the self-check"
+
+
+def _runs(backend: Backend, problem: Problem) -> list[tuple[Problem, tuple[int, int, int]]]:
+    """The modules of a self-check that the backend supports, with the batch, height and width of their inputs."""
+    runs = [(replace(problem, spec=spec), shape) for spec, shape in _RUNS]
+    return [(one, shape) for one, shape in runs if backend.supports(one) is None]
+
+
+def _fault(backend: Backend, problem: Problem, shape: tuple[int, int, int], layout: torch.memory_format) -> str | None:
+    plain = _plain(problem.spec).to(problem.device, problem.dtype)
+    channels = next(module.in_channels for module in plain.modules() if isinstance(module, nn.Conv2d))
+    n, h, w = shape
+    x = torch.randn(n, channels, h, w, generator=torch.Generator("cpu").manual_seed(1), device="cpu", dtype=torch.float32)
+    x = x.to(problem.device, problem.dtype).contiguous(memory_format=layout)
+    run = _fused(backend, plain, x, problem.spec)
+    first = run()
+    comparison = compare(first, *references(plain, x))
+    if not comparison.ok:
+        return str(comparison)
+    return None if torch.equal(first, run()) else "two runs on one input differ"
+
+
+def _plain(spec: InceptionSpec | None) -> nn.Module:
+    """A module with random parameters on the CPU."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        if spec is None:
+            plain: nn.Module = BasicConv2d(3, 11, norm=None, kernel_size=7, stride=2, padding=3)
+        else:
+            plain = Inception.from_spec(spec, norm=None)
+    return randomize_(plain).eval()
+
+
+def _fused(backend: Backend, plain: nn.Module, x: Tensor, spec: InceptionSpec | None) -> Callable[[], Tensor]:
+    """What runs the parameters of ``plain`` on ``x`` by the backend, into a new output each time."""
+    layers = [module for module in plain.modules() if isinstance(module, nn.Conv2d)]
+    convs = [ConvParams(layer.weight, layer.bias) for layer in layers]
+    if spec is None:
+        (layer,), (conv,) = layers, convs
+        weight, bias = map(Tensor.detach, fold_batch_norm(conv, x.dtype))
+        stride, padding = layer.stride, [int(side) for side in layer.padding]
+        prepared = backend.prepare_conv2d(weight, stride, padding, x.shape)
+        return lambda: backend.conv2d_relu(x, weight, bias, prepared, stride, padding)
+
+    packed = PackedInception(*map(Tensor.detach, pack_inception(convs, x.dtype)))
+    prepared = backend.prepare(packed, x.shape)
+
+    def run() -> Tensor:
+        out, fences = _poisoned(x, spec.out_channels)
+        backend.inception(x, packed, prepared, out)
+        if not all(fence.isnan().all() for fence in fences):
+            raise RuntimeError("it wrote outside its output")
+        return out
+
+    return run
+
+
+def _poisoned(x: Tensor, channels: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """An output for ``x`` in its memory format, and what lies before and behind it in memory, all of it NaN."""
+    n, _, h, w = x.shape
+    memory = x.new_full((n * channels * h * w + 2 * _FENCE,), float("nan"))
+    inner = memory[_FENCE:-_FENCE]
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    out = inner.view(n, h, w, channels).permute(0, 3, 1, 2) if channels_last else inner.view(n, channels, h, w)
+    return out, (memory[:_FENCE], memory[-_FENCE:])
