@@ -11,7 +11,7 @@ PIP_INSTALL := set -o pipefail; $(BIN)/python -m pip install --no-input --progre
 SHOW_FILES := 2> >(grep -v "^WARNING: Location .* is ignored" >&2) | sed -un -E \
 	-e 's~^ *(Downloading|Using cached) ([^ ]*/)?([^ /]+) (\([0-9.]+ [MG]B\)).*~    \3 \4~p' -e 's~^Installing collected.*~    unpacking~p'
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint audit bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,9 @@ lint: .venv/.installed ## ruff, mypy, the import direction, and the tables gener
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_import_direction.py
 	@$(BIN)/python -m benchmarks.report --check
+
+audit: .venv/.installed ## compile the GPU kernels for every architecture, without a GPU, and check what they became
+	@$(BIN)/python -m benchmarks.audit
 
 bench: .venv/.installed-bench ## measure on this machine (the better part of an hour on two cores) and write the tables and charts
 	@$(BIN)/python -m benchmarks.run
