@@ -1,4 +1,4 @@
-"""The command ``googlenet-fused``: doctor, demo, classify, bench.
+"""The command ``googlenet-fused``: doctor, demo, classify, bench, tune.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130
 interrupted. A user's mistake is answered with one line; a traceback means a defect of this package. What the package logs from
@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from googlenet_fused import __version__
+from googlenet_fused import GOOGLENET_SPECS, __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PROG = "googlenet-fused"
 VARIANTS = ("torchvision", "bvlc")
 DTYPES = ("fp32", "bf16", "fp16")
+ARITHMETICS = ("fp16", "bf16", "tf32", "fp32")
 OPTIONAL = frozenset({"matplotlib", "PIL", "rich"})
 """Modules that the commands import directly and that only ``googlenet-fused[tools]`` brings."""
 
@@ -201,6 +202,55 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(bench, "bench-output", "results")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=_bench)
+
+    tune = commands.add_parser(
+        "tune",
+        help="find the fastest plans of the Triton backend for GoogLeNet's modules on this GPU",
+        description="Find, by trying, how the Triton backend runs GoogLeNet's modules fastest on this GPU: the form of its "
+        "kernels, their tiles, warps and stages. The plans found go into a table of the user's and are used from then on. Each "
+        "plan that is tried is first checked against the plain module.",
+    )
+    tune.add_argument(
+        "--modules",
+        choices=[*GOOGLENET_SPECS, "all"],
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help=f"modules among {', '.join(GOOGLENET_SPECS)} (default: all)",
+    )
+    tune.add_argument(
+        "--large-kernel",
+        type=int,
+        choices=[3, 5],
+        nargs="+",
+        default=[5],
+        metavar="N",
+        help="the third branch's kernel: 5 as in the paper, 3 as in torchvision's network (default: 5)",
+    )
+    tune.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes (default: 1 8 32)"
+    )
+    tune.add_argument(
+        "--dtype",
+        choices=ARITHMETICS,
+        nargs="+",
+        default=["fp16"],
+        metavar="DTYPE",
+        help=f"dtypes among {', '.join(ARITHMETICS)}; tf32 is fp32 while torch's flags allow TF32 (default: fp16)",
+    )
+    tune.add_argument(
+        "--seconds-each",
+        type=_seconds,
+        default=0.5,
+        metavar="S",
+        help="how long each plan that is tried is timed, in turns with the best one before it (default: %(default)s)",
+    )
+    instead = tune.add_mutually_exclusive_group()
+    instead.add_argument("--output", type=_path, metavar="FILE", help="add the plans to this file instead, which is not used")
+    instead.add_argument("--show", action="store_true", help="print the user's table and where it is, and measure nothing")
+    instead.add_argument("--forget", action="store_true", help="remove the user's table, and measure nothing")
+    tune.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -236,6 +286,16 @@ def _positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
     return number
 
 
@@ -383,7 +443,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from googlenet_fused import GOOGLENET_SPECS, bench
+    from googlenet_fused import bench
     from googlenet_fused.backends import registry
     from googlenet_fused.charts import ChartError, latency_chart
 
@@ -439,3 +499,98 @@ def _bench(arguments: argparse.Namespace) -> int:
     for reason in not_run:
         _failed(reason)
     return CommandError.code if bad or not_run else 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from googlenet_fused.backends.triton import plan_table
+
+    if arguments.forget:
+        return _forget_plans(as_json=arguments.json)
+    path = Path(arguments.output) if arguments.output else plan_table.user_table()
+    try:
+        if arguments.show:
+            return _show_plans(path, as_json=arguments.json)
+        _check_backend("triton")
+        plan_table.add_to_table(path, [])  # what cannot be kept need not be measured
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    import torch
+
+    from googlenet_fused import bench
+    from googlenet_fused.backends import BackendError
+    from googlenet_fused.backends.triton.backend import interpreting
+    from googlenet_fused.tune import Outcome, Problem, outcomes_as_text, tune
+
+    device = torch.device("cpu") if interpreting() else torch.device("cuda", torch.cuda.current_device())
+    problems = [
+        Problem.of_googlenet(name, batch, dtype, large_kernel)
+        for name in dict.fromkeys(GOOGLENET_SPECS if "all" in arguments.modules else arguments.modules)
+        for large_kernel in dict.fromkeys(arguments.large_kernel)
+        for dtype in dict.fromkeys(arguments.dtype)
+        for batch in dict.fromkeys(arguments.batch)
+    ]
+    outcomes: list[Outcome] = []
+    faults: list[str] = []
+
+    def warn(message: str) -> None:
+        _say(f"warning: {message}")
+
+    def keep(outcome: Outcome) -> None:
+        if outcome.entry is not None:
+            plan_table.add_to_table(path, [outcome.entry])
+        outcomes.append(outcome)
+
+    try:
+        with bench.progress_display("tuning") as show:
+            tune(problems, device, seconds_each=arguments.seconds_each, progress=show, say=warn, done=keep)
+    except BackendError as error:
+        raise CommandError(str(error)) from error
+    except bench.DeviceBroken as error:
+        faults.append(str(error))  # the plans found before are kept
+    except KeyboardInterrupt:
+        _say(f"{len(outcomes)} of {len(problems)} problems are done; their plans are kept in {path}")
+        raise
+    finally:
+        plan_table.forget_user_entries()
+
+    if arguments.json:
+        print(json.dumps({"table": str(path), "outcomes": [outcome.to_json() for outcome in outcomes]}, indent=2))
+    else:
+        print(f"{outcomes_as_text(outcomes)}\nwrote {path}")
+    if skipped := sum(outcome.skipped for outcome in outcomes):
+        _say(f"warning: {skipped} plans were skipped, since they do not compile or do not fit on the device")
+    faults += [f"{outcome.problem}: {outcome.reason}" for outcome in outcomes if outcome.reason is not None]
+    faults += [f"{outcome.problem}: wrong results by the plan {plan}" for outcome in outcomes for plan in outcome.wrong]
+    for fault in faults:
+        _failed(fault)
+    return CommandError.code if faults else 0
+
+
+def _show_plans(path: Path, *, as_json: bool) -> int:
+    from googlenet_fused.backends.triton.plan_table import read_table
+    from googlenet_fused.tune import entries_as_text
+
+    entries = read_table(path)
+    if as_json:
+        print(json.dumps({"table": str(path), "entries": [entry.to_json() for entry in entries]}, indent=2))
+    elif entries:
+        print(f"{entries_as_text(entries)}\nin {path}")
+    else:
+        print(f"there are no plans in {path}")
+    return 0
+
+
+def _forget_plans(*, as_json: bool) -> int:
+    from googlenet_fused.backends.triton.plan_table import forget_user_entries, user_table
+
+    path, removed = user_table(), True
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        removed = False
+    forget_user_entries()
+    if as_json:
+        print(json.dumps({"table": str(path), "removed": removed}))
+    else:
+        print(f"removed {path}" if removed else f"there is no table at {path}")
+    return 0

@@ -61,19 +61,30 @@ Arguments = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
 """``weights, biases, norms, eps`` of the raw operator."""
 
 
-def can_run(dtype: torch.dtype) -> list[str]:
-    """The backends that run Inception modules of this dtype on this machine's CPU."""
-    problem = registry.Problem(torch.device("cpu"), dtype, TINY)
-    return [name for name in registry.names() if registry.get(name).supports(problem) is None]
+def can_run(dtype: torch.dtype, device: str = "cpu", *, interpreted: bool = False) -> list[str]:
+    """The backends that run Inception modules of this dtype on this machine's device.
+
+    ``interpreted``: on a CPU also those written for GPUs, whose kernels are interpreted there, a thousand times slower.
+    """
+    problem = registry.Problem(torch.device(device), dtype, TINY)
+    able = [name for name in registry.names() if registry.get(name).supports(problem) is None]
+    return [name for name in able if device != "cpu" or interpreted or not registry.get(name).needs_verification]
 
 
 both_large_kernels = pytest.mark.parametrize("large_kernel", [3, 5])
 
-every_backend_and_dtype = pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(name, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for name in can_run(dtype)],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
+
+def backends_and_dtypes(*, interpreted: bool) -> pytest.MarkDecorator:
+    """Every backend with every dtype that it runs on this machine's CPU; ``interpreted`` as in ``can_run``."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return pytest.mark.parametrize(
+        ("backend", "dtype"),
+        [(name, dtype) for dtype in dtypes for name in can_run(dtype, interpreted=interpreted)],
+        ids=lambda value: str(value).removeprefix("torch."),
+    )
+
+
+every_backend_and_dtype = backends_and_dtypes(interpreted=True)
 
 
 def assert_same(actual: object, expected: object, label: str = "", *, equal_nan: bool = False) -> None:

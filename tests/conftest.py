@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-# Read by OpenMP when torch is first imported, here and in every process a test starts. Spinning threads that outnumber the
-# cores slow all test processes down together.
+# Read by OpenMP and by numpy's OpenBLAS when torch and numpy are first imported, here and in every process a test starts.
+# Spinning threads that outnumber the cores slow all test processes down together.
 _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // _processes))))
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, str(max(1, min(4, (os.cpu_count() or 1) // _processes))))
+
+# Where there is no GPU Triton's kernels are interpreted, on CPU tensors. Triton asks for this when a kernel is defined.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The user's own plans and self-checks are none of the tests' business.
+_cache = tempfile.mkdtemp(prefix="googlenet_fused-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault("GOOGLENET_FUSED_CACHE", _cache)
 
 
 @pytest.fixture(autouse=True)

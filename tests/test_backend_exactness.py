@@ -36,7 +36,7 @@ from googlenet_fused.backends import registry
 from googlenet_fused.packing import ConvParams, PackedInception, pack_inception
 from googlenet_fused.spec import InceptionSpec
 
-every_backend = pytest.mark.parametrize("backend", can_run(torch.float32))
+every_backend = pytest.mark.parametrize("backend", can_run(torch.float32, interpreted=True))
 every_odd_spec = pytest.mark.parametrize(
     "spec",
     [pytest.param(spec, id=f"{name}-{spec.large_kernel}") for name, odd in ODD_SPECS.items() for spec in both_kernels(odd)],
@@ -93,7 +93,7 @@ def test_bf16_rounds_once(backend: str, large_kernel: int, name: str) -> None:
     assert_same(googlenet_fused.inception(x, convs, backend=backend), expected.bfloat16())
 
 
-@every_backend
+@pytest.mark.parametrize("backend", can_run(torch.float32))
 def test_one_packing_serves_every_size(backend: str) -> None:
     """oneDNN lays weights out for the first input it sees."""
     spec = replace(GOOGLENET_MODULES["3a"][0], large_kernel=5)

@@ -13,6 +13,7 @@ from cases import (
     CONV_BLOCKS,
     LAYOUTS,
     ODD_SPECS,
+    backends_and_dtypes,
     both_large_kernels,
     every_backend_and_dtype,
     fused_inception,
@@ -108,7 +109,7 @@ def test_nan_and_infinity_in_biases(backend: str, dtype: torch.dtype, value: flo
     check_special_value(backend, dtype, None, 5, ["conv.weight", "conv.bias"], value)
 
 
-@every_backend_and_dtype
+@backends_and_dtypes(interpreted=False)
 def test_nan_in_batch_norm(backend: str, dtype: torch.dtype) -> None:
     """NaN only: folded, an infinite statistic meets other numbers than in the plain order of computation."""
     check_special_value(backend, dtype, "batch", 3, ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"], NAN)

@@ -29,7 +29,7 @@ from googlenet_fused.cli import main
 from googlenet_fused.images import sample_photographs
 from googlenet_fused.weights import WeightsError
 
-COMMANDS = ("doctor", "demo", "classify", "bench")
+COMMANDS = ("doctor", "demo", "classify", "bench", "tune")
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["bench", "--threads", "-1"], "got '-1'"),
         (["doctor", "--yaml"], "--yaml"),
+        (["tune", "--modules", "6a"], "argument --modules: invalid choice: '6a'"),
+        (["tune", "--batch", "0"], "argument --batch: must be a positive whole number, got '0'"),
+        (["tune", "--dtype", "fp64"], "argument --dtype: invalid choice: 'fp64'"),
+        (["tune", "--large-kernel", "7"], "argument --large-kernel: invalid choice: 7"),
+        (["tune", "--seconds-each", "0"], "argument --seconds-each: must be a positive number of seconds, got '0'"),
+        (["tune", "--seconds-each", "inf"], "must be a positive number of seconds, got 'inf'"),
+        (["tune", "--seconds-each", "soon"], "must be a positive number of seconds, got 'soon'"),
+        (["tune", "--output", ""], "argument --output: must be a path"),
+        (["tune", "--show", "--forget"], "argument --forget: not allowed with argument --show"),
+        (["tune", "--show", "--output", "plans.json"], "argument --output: not allowed with argument --show"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:

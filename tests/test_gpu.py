@@ -19,6 +19,7 @@ from cases import (
     assert_agrees,
     assert_same,
     by_definition,
+    can_run,
     check_guards,
     cotangent,
     guarded_buffer,
@@ -46,12 +47,6 @@ PRIMES = ODD_SPECS["primes"]
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def can_run(device: str, dtype: torch.dtype) -> list[str]:
-    """The backends that run Inception modules of this dtype on this device."""
-    problem = registry.Problem(torch.device(device), dtype, TINY)
-    return [name for name in registry.names() if registry.get(name).supports(problem) is None]
-
-
 def grid(*dtypes: torch.dtype, devices: Sequence[str] = ("cpu", "cuda"), automatic: bool = True) -> pytest.MarkDecorator:
     """Every backend, and the automatic choice, with every dtype that it runs on a device; those on CUDA have the marker."""
     return pytest.mark.parametrize(
@@ -64,7 +59,7 @@ def grid(*dtypes: torch.dtype, devices: Sequence[str] = ("cpu", "cuda"), automat
             )
             for device in devices
             for dtype in dtypes
-            for backend in [*([registry.AUTO] if automatic else []), *can_run(device, dtype)]
+            for backend in [*([registry.AUTO] if automatic else []), *can_run(dtype, device, interpreted=True)]
         ],
     )
 
@@ -354,3 +349,118 @@ def test_cuda_graph_of_the_network(variant: VariantName) -> None:
         graph, static, out = captured(fused, torch.randn_like(x))
         comparison = judge(lambda x: replay(graph, static, out, x), plain, x)
     assert comparison.ok, comparison
+
+
+# Weights kept from one call to the next, on other streams and in graphs.
+
+
+both_ways = pytest.mark.parametrize("way", ["operator", "direct"])
+
+
+def frozen_modules_by(way: str) -> torch.set_grad_enabled:
+    """The mode in which all their calls go through the operator, or all but the first directly to the backend."""
+    return torch.set_grad_enabled(way == "operator")
+
+
+def keep_busy() -> torch.cuda.Event:
+    """A tenth of a second's work or more for the current stream, and the event of its end."""
+    busy = torch.full((8192, 8192), 1 / 8192, device="cuda", dtype=torch.float16)
+    done = torch.cuda.Event()
+    for _ in range(200):
+        torch.mm(busy, busy, out=torch.empty_like(busy))
+    done.record()
+    return done
+
+
+def poison() -> list[Tensor]:
+    """NaN, in every dtype, in what small tensors have left free of the current stream's memory."""
+    taken = [torch.empty(128, device="cuda") for _ in range(4096)]
+    torch._foreach_add_(taken, float("nan"))
+    return taken
+
+
+@grid(torch.float16, torch.float32, devices=["cuda"])
+def test_a_first_call_may_be_captured(device: str, backend: str, dtype: torch.dtype) -> None:
+    """Nothing is packed before a replay: a call outside of the graph finds nothing to use, and a replay follows a change."""
+    (fused, plain), (other, _) = pair(PRIMES, device, dtype, backend), pair(PRIMES, device, dtype, backend)
+    x = on(device, PRIMES, 2, 9, dtype)
+    static = torch.empty_like(x)
+    with torch.no_grad():
+        other(x), other(x)  # what a process or a device needs the first time
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused(static)
+        assert_agrees(fused, plain, x)
+        for _ in range(2):
+            comparison = judge(lambda x: replay(graph, static, out, x), plain, x)
+            assert comparison.ok, comparison
+            for parameter in plain.parameters():
+                parameter.mul_(-1.5)
+
+
+@both_ways
+@grid(torch.float16, torch.float32, devices=["cuda"])
+def test_a_graph_reads_the_weights_of_its_capture(device: str, backend: str, dtype: torch.dtype, way: str) -> None:
+    """Also when they are no longer those of the module, whose memory would go to the next who wants some."""
+    torch.cuda.empty_cache()
+    fused, _ = pair(PRIMES, device, dtype, backend)
+    fused.requires_grad_(False)
+    x = on(device, PRIMES, 2, 9, dtype)
+    with frozen_modules_by(way):
+        fused(x)  # packed on the stream that asks for the memory below
+        graph, static, out = captured(fused, x)
+        before = replay(graph, static, out, x)
+        for parameter in fused.parameters():
+            parameter.mul_(-1.5)
+        changed = fused(x)
+        fused.repack()
+        poisoned = poison()
+        assert_same(replay(graph, static, out, x), before)
+        del poisoned
+        assert_same(fused(x), changed)
+    assert before.isfinite().all()
+    assert not torch.equal(changed, before)
+
+
+@grid(torch.float16, torch.float32, devices=["cuda"])
+def test_weights_packed_on_a_busy_stream_serve_another_at_once(device: str, backend: str, dtype: torch.dtype) -> None:
+    (fused, _), (other, _) = pair(PRIMES, device, dtype, backend), pair(PRIMES, device, dtype, backend)
+    x = on(device, PRIMES, 2, 9, dtype)
+    stream = torch.cuda.Stream()
+    with torch.inference_mode():
+        expected = other(x)
+        with torch.cuda.stream(stream):
+            assert_same(other(x), expected)  # what a stream needs the first time is made
+            poisoned = poison()
+            torch.cuda.synchronize()
+            del poisoned  # what the weights are packed into is not theirs yet
+            done = keep_busy()
+            assert not done.query(), "the stream was not busy for long enough to tell"
+            fused(x)
+        actual = fused(x)
+        torch.cuda.synchronize()
+    assert_same(actual, expected)
+
+
+@both_ways
+@grid(torch.float16, torch.float32, devices=["cuda"])
+def test_weights_dropped_while_another_stream_reads_them(device: str, backend: str, dtype: torch.dtype, way: str) -> None:
+    """They were packed on the stream that gets their memory next, which knows nothing of the other one's work."""
+    torch.cuda.empty_cache()
+    fused, _ = pair(PRIMES, device, dtype, backend)
+    fused.requires_grad_(False)
+    x = on(device, PRIMES, 2, 9, dtype)
+    stream = torch.cuda.Stream()
+    with frozen_modules_by(way):
+        expected = fused(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            assert_same(fused(x), expected)
+            done = keep_busy()
+            actual = fused(x)
+        fused.repack()
+        poisoned = poison()
+        assert not done.query(), "the stream was not busy for long enough to tell"
+        stream.synchronize()
+        del poisoned
+    assert_same(actual, expected)

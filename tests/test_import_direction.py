@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "googlenet_fused"
 
 LAYERS = (
-    ("spec",),
+    ("spec", "user_files"),
     ("blocks",),
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),
@@ -23,7 +23,7 @@ LAYERS = (
     ("__init__",),
     ("images", "info", "charts"),
     ("bench",),
-    ("demo",),
+    ("demo", "tune"),
     ("cli",),
     ("__main__",),
 )

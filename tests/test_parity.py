@@ -12,25 +12,17 @@ from functools import cache
 
 import pytest
 import torch
-from cases import LAYOUTS
+from cases import LAYOUTS, can_run
 from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNet as TorchvisionGoogLeNet
 
 from googlenet_fused import FusedInception, fuse, googlenet, unfuse, use_backend
-from googlenet_fused.backends import registry
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.randomize import calibrate_batch_norm, randomize_
-from googlenet_fused.spec import GOOGLENET_SPECS
 from googlenet_fused.tolerance import References, check_close, compare, references
 
 Shape = tuple[int, int, int]
 """Batch, height and width."""
-
-
-def can_run(dtype: torch.dtype) -> list[str]:
-    """The backends that run the network's modules in this dtype on this machine's CPU."""
-    problems = [registry.Problem(torch.device("cpu"), dtype, spec) for spec in GOOGLENET_SPECS.values()]
-    return [name for name in registry.names() if all(registry.get(name).supports(problem) is None for problem in problems)]
 
 
 @cache
@@ -147,6 +139,22 @@ FP64: dict[str, list[Shape]] = {
 @grid(torch.float64, FP64)
 def test_fp64(backend: str, host: str, shape: Shape) -> None:
     assert_parity(host, torch.float64, backend, shape)
+
+
+def interpreted(dtype: torch.dtype) -> list[str]:
+    return sorted({*can_run(dtype, interpreted=True)} - {*can_run(dtype)})
+
+
+@pytest.mark.parametrize(("host", "shape"), [("torchvision's own", (2, 64, 48)), ("bvlc", (1, 47, 64))], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [(name, dtype) for dtype in (torch.float32, torch.float16) for name in interpreted(dtype)], ids=str
+)
+def test_interpreted_kernels(backend: str, dtype: torch.dtype, host: str, shape: Shape) -> None:
+    with torch.no_grad(), use_backend(backend):
+        actual = fused_network(host, dtype, "auto")(images(shape, dtype))
+    check_close(actual, *judged_by(host, dtype, shape))
+    with torch.no_grad():
+        assert not torch.equal(actual, fused_network(host, dtype, "auto")(images(shape, dtype))), "another backend ran"
 
 
 @pytest.mark.parametrize("shape", [(1, 31, 31), (2, 64, 48), (5, 33, 31)], ids=str)

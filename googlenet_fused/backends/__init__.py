@@ -3,8 +3,10 @@
 from googlenet_fused.backends.cpu import CpuBackend
 from googlenet_fused.backends.reference import ReferenceBackend
 from googlenet_fused.backends.registry import BackendError, register, use_backend
+from googlenet_fused.backends.triton import TritonBackend
 
 register(ReferenceBackend())
 register(CpuBackend())
+register(TritonBackend())
 
 __all__ = ["BackendError", "use_backend"]

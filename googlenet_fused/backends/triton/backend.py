@@ -1,0 +1,141 @@
+"""What the Triton backend can run, and a module's way from tensors to launches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from googlenet_fused.backends import trust
+from googlenet_fused.backends.registry import Backend, Problem
+from googlenet_fused.backends.triton.plans import ARITHMETICS, DTYPES, INTERPRETER, Arithmetic, Request, plan_for
+from googlenet_fused.packing import PackedInception
+
+MINIMUM_TRITON = (3, 6)
+MINIMUM_CAPABILITY = (8, 0)
+INTERPRETER_PROCESSORS = 1
+"""Of the device that the interpreter plays: the largest tiles fill it, and persistent grids go round more than once."""
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    description = "Triton kernels, fused branches straight into the concat buffer; fp16, bf16, fp32 (TF32 as torch's flag says)"
+    needs_verification = True
+
+    def probe(self) -> str | None:
+        return _probe() or _refuse_machine()
+
+    def supports(self, problem: Problem) -> str | None:
+        return _probe() or _refuse_device(problem.device) or _refuse_dtype(problem)
+
+    def doubt(self, problem: Problem) -> str | None:
+        if problem.device.type == "cpu":
+            return "its kernels are interpreted here (TRITON_INTERPRET=1), which is for tests: ask for it by name"
+        return trust.doubt(self, problem)
+
+    def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
+        from googlenet_fused.backends.triton.launch import Weights
+
+        return Weights.of(packed)
+
+    def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
+        from googlenet_fused.backends.triton.launch import Weights, launches
+
+        spec, (n, _, h, w), device = packed.spec, x.shape, x.device
+        arch, multiprocessors = _device_facts(device)
+        arithmetic = arithmetic_of(x.dtype)
+        plan = plan_for(Request(arch, multiprocessors, arithmetic, spec, n, h, w))
+        # Triton launches on the current device, whatever the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for launch in launches(x, spec, Weights(*prepared), out, plan, arithmetic, multiprocessors):
+                launch.run()
+
+
+def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
+    """How the kernels multiply tensors of this dtype: fp32 as torch's flag for convolutions says."""
+    if dtype == torch.float32:
+        return "tf32" if _tf32_allowed() else "fp32"
+    return next(name for name in ARITHMETICS if DTYPES[name] == dtype)
+
+
+def _tf32_allowed() -> bool:
+    for flags in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):  # type: ignore[attr-defined]
+        if flags.fp32_precision != "none":
+            return bool(flags.fp32_precision == "tf32")
+    return False
+
+
+@cache
+def interpreting() -> bool:
+    """Whether Triton interprets kernels: it decides when they are defined, so the first answer holds."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@cache
+def _probe() -> str | None:
+    try:
+        import triton
+    except Exception as error:  # an import can fail in any way
+        return (
+            f"triton does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        )
+    if tuple(map(int, triton.__version__.split(".")[:2])) < MINIMUM_TRITON:
+        oldest = ".".join(map(str, MINIMUM_TRITON))
+        return f"triton {triton.__version__} is older than {oldest}: upgrade torch, which brings its own"
+    return None
+
+
+def _refuse_machine() -> str | None:
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs its kernels on CPU tensors, slowly)"
+    return _refuse_device(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _refuse_device(device: torch.device) -> str | None:
+    if interpreting():
+        return None if device.type == "cpu" else f"with TRITON_INTERPRET=1 it runs on CPU tensors, not on {device.type}"
+    if device.type != "cuda":
+        hint = " (TRITON_INTERPRET=1 interprets its kernels there, slowly)" if device.type == "cpu" else ""
+        return f"it runs on CUDA tensors, not on {device.type}{hint}"
+    return _refuse_gpu(device) if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+@cache
+def _refuse_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < MINIMUM_CAPABILITY:
+        return f"it needs sm_{MINIMUM_CAPABILITY[0]}{MINIMUM_CAPABILITY[1]} or later, this is sm_{capability[0]}{capability[1]}"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", ""), "cc", "gcc", "clang") if compiler):
+        return "Triton builds its launcher with a C compiler and none is on PATH: install gcc"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Triton builds its launcher with Python.h, which is missing: install the Python development headers"
+    return None
+
+
+def _refuse_dtype(problem: Problem) -> str | None:
+    name = str(problem.dtype).removeprefix("torch.")
+    if problem.dtype not in DTYPES.values():
+        return f"its kernels take float16, bfloat16 and float32, not {name}"
+    if problem.dtype == torch.bfloat16 and problem.device.type == "cpu":
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+@cache
+def _device_facts(device: torch.device) -> tuple[str, int]:
+    """The arch and the number of multiprocessors."""
+    if device.type == "cpu":
+        return INTERPRETER, INTERPRETER_PROCESSORS
+    properties: Any = torch.cuda.get_device_properties(device)
+    return trust.architecture(properties), properties.multi_processor_count
