@@ -223,9 +223,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=[3, 5],
         nargs="+",
-        default=[5],
+        default=[3, 5],
         metavar="N",
-        help="the third branch's kernel: 5 as in the paper, 3 as in torchvision's network (default: 5)",
+        help="the third branch's kernel: 5 as in the paper, 3 as in torchvision's network (default: both)",
     )
     tune.add_argument(
         "--batch", type=_positive, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes (default: 1 8 32)"

@@ -135,7 +135,10 @@ def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "available": True,
         "reason": None,
         "description": facts["backends"]["reference"]["description"],
+        "needs_verification": False,
+        "verified_on": [],
     }
+    assert facts["backends"]["triton"]["needs_verification"]
     assert facts["versions"]["torch"]
 
 
@@ -207,8 +210,9 @@ def test_a_choice_that_costs_speed_is_a_warning(
 ) -> None:
     monkeypatch.setattr(type(registry.get("cpu")), "supports", lambda *_: "it has\na (long) lunch")
     assert main(["classify", str(folder / "chelsea.png"), "--weights", str(trained)]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "auto" in line]
-    assert said == ["googlenet-fused: warning: auto chose backend 'reference' for float32 on cpu (cpu: it has a (long) lunch)"]
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "auto" in line)
+    assert said.startswith("googlenet-fused: warning: auto chose backend 'reference' for float32 on cpu (triton: ")
+    assert said.endswith("; cpu: it has a (long) lunch)")
 
 
 def test_classify_transforms_the_input_when_told(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:

@@ -573,7 +573,7 @@ def small_5a(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GOOGLENET_SIDES, "5a", 4)
 
 
-COMMAND = ["tune", "--modules", "5a", "--dtype", "fp32", "--seconds-each", "0.1"]
+COMMAND = ["tune", "--modules", "5a", "--large-kernel", "5", "--dtype", "fp32", "--seconds-each", "0.1"]
 
 
 @interpreted

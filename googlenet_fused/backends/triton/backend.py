@@ -107,8 +107,7 @@ def _refuse_device(device: torch.device) -> str | None:
     if interpreting():
         return None if device.type == "cpu" else f"with TRITON_INTERPRET=1 it runs on CPU tensors, not on {device.type}"
     if device.type != "cuda":
-        hint = " (TRITON_INTERPRET=1 interprets its kernels there, slowly)" if device.type == "cpu" else ""
-        return f"it runs on CUDA tensors, not on {device.type}{hint}"
+        return f"it runs on CUDA tensors, not on {device.type}"
     return _refuse_gpu(device) if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
