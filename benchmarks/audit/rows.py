@@ -30,7 +30,6 @@ def name_of(row: Row) -> str:
 def audited(variant: Variant, arch: str) -> tuple[Row, list[str]]:
     """The row of a variant on an architecture, and its findings; of a kernel that does not compile its name alone, and why."""
     row: Row = {"kernel": variant.kernel, "label": variant.label, "dtype": variant.dtype, "arch": arch}
-    row["source"] = source_key(variant)
     step = "does not compile"
     try:
         binary = compile_variant(variant, arch)
@@ -39,6 +38,7 @@ def audited(variant: Variant, arch: str) -> tuple[Row, list[str]]:
     except Exception as error:  # a compiler's errors have no common base but this
         return row, [f"{step}: {type(error).__name__}: {_in_short(error)}"]
     row |= {
+        "source": source_key(variant),
         "threads": binary.threads,
         **resources._asdict(),
         "dynamic_shared": binary.shared,
