@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from googlenet_fused.backends import registry
 from googlenet_fused.backends.registry import Backend
-from googlenet_fused.backends.triton.backend import _device_facts
+from googlenet_fused.backends.triton.backend import device_facts
 from googlenet_fused.backends.triton.plans import (
     ARITHMETICS,
     DTYPES,
@@ -214,7 +214,7 @@ def tune(
     on_cuda = device.type == "cuda"
     if not on_cuda:
         say("the kernels are interpreted on the CPU (TRITON_INTERPRET=1): these times mean nothing")
-    facts, gpu = _device_facts(device), torch.cuda.get_device_properties(device).name if on_cuda else None
+    facts, gpu = device_facts(device), torch.cuda.get_device_properties(device).name if on_cuda else None
     requests = [Request(*facts, one.arithmetic, one.spec, one.batch, height=one.side, width=one.side) for one in problems]
     in_use = list(map(plan_for, requests))
     meter = meter or (_GraphMeter() if on_cuda else _InterpreterMeter())

@@ -50,7 +50,7 @@ class TritonBackend(Backend):
         from googlenet_fused.backends.triton.launch import Weights, launches
 
         spec, (n, _, h, w), device = packed.spec, x.shape, x.device
-        arch, multiprocessors = _device_facts(device)
+        arch, multiprocessors = device_facts(device)
         arithmetic = arithmetic_of(x.dtype)
         plan = plan_for(Request(arch, multiprocessors, arithmetic, spec, n, h, w))
         # Triton launches on the current device, whatever the tensors'.
@@ -132,8 +132,8 @@ def _refuse_dtype(problem: Problem) -> str | None:
 
 
 @cache
-def _device_facts(device: torch.device) -> tuple[str, int]:
-    """The arch and the number of multiprocessors."""
+def device_facts(device: torch.device) -> tuple[str, int]:
+    """The arch, as plans name it, and the number of multiprocessors."""
     if device.type == "cpu":
         return INTERPRETER, INTERPRETER_PROCESSORS
     properties: Any = torch.cuda.get_device_properties(device)
