@@ -163,7 +163,8 @@ class FusedInception(_Fused, Inception):
     A change that leaves neither a new tensor nor a new version behind, such as ``weight.data.mul_(2)`` or a write to shared
     memory by another process, is followed only after ``train()``, ``eval()`` or ``repack()``. Hooks on the inner
     convolutions do not fire while the module runs fused, and another pool or dilation put into it later is not
-    looked at. A captured CUDA graph keeps computing with the weights of its capture: after a change, capture anew.
+    looked at. A captured CUDA graph keeps computing with the weights of its capture: after a change, capture anew, or call
+    ``torch.compiler.reset()`` where ``torch.compile(mode="reduce-overhead")`` or ``"max-autotune"`` made it.
 
     Args:
         in_channels, ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj: the widths, any positive integers.

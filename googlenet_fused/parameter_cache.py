@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from operator import attrgetter, is_
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -52,7 +53,12 @@ _pinned_for_good: list[Sequence[Tensor]] = []
 
 def capturing(tensor: Tensor) -> bool:
     """Whether what is done with ``tensor`` now is captured in a CUDA graph instead of run."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not tensor.is_cuda:
+        return False
+    if tensor.device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(tensor.device):  # whose stream is asked about
+        return torch.cuda.is_current_stream_capturing()
 
 
 def lend(source: Tensor, value: Sequence[Tensor], streams: set[int]) -> None:
@@ -63,7 +69,7 @@ def lend(source: Tensor, value: Sequence[Tensor], streams: set[int]) -> None:
     """
     if not source.is_cuda:
         return
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(source):
         _pinned.setdefault(source, {})[id(value)] = value
     elif (handle := _current_stream(source)) not in streams:
         stream = torch.cuda.current_stream(source.device)
@@ -139,7 +145,7 @@ class ParameterCache(Generic[Value]):
             return _build_detached(build)
         if entry is not None:
             by_key.clear()  # what was built for other keys is stale too
-        value = _build_detached(build)
+        value = _build_detached(build) if not sources[0].is_cuda else _build_beyond_pools(build, sources[0])
         if all(type(tensor) is Tensor for tensor in value):  # under a fake mode it is not
             references, aliases = tuple(ref(source) for source in sources), tuple(source.detach() for source in sources)
             by_key[key] = _Entry(references, aliases, states, _optimizer_steps, value, _settle(sources[0]))
@@ -220,6 +226,24 @@ def _build_detached(build: Callable[[], Value]) -> Value:
     # Built as ordinary tensors even inside inference_mode, so that they carry a version counter themselves.
     with torch.inference_mode(False), torch.no_grad():
         return build()
+
+
+def _build_beyond_pools(build: Callable[[], Value], source: Tensor) -> Value:
+    """Builds a value on the current stream of ``source``'s device, in memory that the allocator may keep.
+
+    Before it captures a graph, Inductor makes a call whose allocations all go to the graph's memory pool, which must be empty
+    afterwards. That holds for the thread that makes the call, and for no other.
+    """
+    if torch._C._len_torch_dispatch_stack():  # a mode holds for one thread too, and has its own idea of what is built
+        return _build_detached(build)
+    stream = torch.cuda.current_stream(source.device)
+
+    def build_here() -> Value:
+        with torch.cuda.stream(stream):
+            return _build_detached(build)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(build_here).result()
 
 
 @cache

@@ -202,14 +202,27 @@ def assert_network_agrees(device: str, backend: str, dtype: torch.dtype, variant
     assert_agrees(fused, plain, torch.randn(2, 3, side, side).to(device, dtype))
 
 
-@pytest.mark.gpu
-def test_network_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch runs fp32 convolutions unless told otherwise."""
+in_tf32 = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(backend, id=f"cuda-{backend}-tf32", marks=pytest.mark.gpu)
+        for backend in (registry.AUTO, *can_run(torch.float32, "cuda"))
+    ],
+)
+"""fp32 as torch runs its convolutions unless told otherwise."""
+
+
+@in_tf32
+def test_network_in_tf32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    plain = plain_googlenet("torchvision", num_classes=1000, aux_logits=False).cuda()
-    fused = fuse(plain)
-    assert report_of(fused).skipped == []
-    assert_agrees(fused, plain, torch.randn(2, 3, 224, 224).cuda())
+    assert_network_agrees("cuda", backend, torch.float32, "torchvision")
+
+
+@pytest.mark.parametrize("name", SPECS)
+@in_tf32
+def test_modules_agree_in_tf32(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert_modules_agree("cuda", backend, torch.float32, name)
 
 
 @pytest.mark.gpu
@@ -349,6 +362,22 @@ def test_cuda_graph_of_the_network(variant: VariantName) -> None:
         graph, static, out = captured(fused, torch.randn_like(x))
         comparison = judge(lambda x: replay(graph, static, out, x), plain, x)
     assert comparison.ok, comparison
+
+
+@grid(torch.float16, devices=["cuda"])
+def test_a_first_call_by_inductors_cuda_graphs(device: str, backend: str, dtype: torch.dtype) -> None:
+    """Inductor's call before its capture allocates in the graph's memory; the weights kept of it must lie elsewhere."""
+    fused, plain = pair(PRIMES, device, dtype, backend)
+    compiled = torch.compile(fused, mode="reduce-overhead", fullgraph=True)
+    try:
+        with torch.inference_mode():
+            for seed in (2, 3, 4, 5):
+                x = on(device, PRIMES, 2, 9, dtype, seed)
+                torch.compiler.cudagraph_mark_step_begin()
+                comparison = judge(lambda x: compiled(x).clone(), plain, x)
+                assert comparison.ok, comparison
+    finally:
+        torch.compiler.reset()
 
 
 # Weights kept from one call to the next, on other streams and in graphs.

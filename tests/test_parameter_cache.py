@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -249,6 +250,44 @@ def test_a_value_is_waited_for_once_it_is_built(cache: ParameterCache[Tensor], c
     source.add_(1)
     cache.get([source], None, build)
     assert (waits_at_build, cuda.side.waits, cuda.default.waits) == ([0, 1], 2, 0)
+
+
+def test_a_value_is_built_where_no_pool_of_the_callers_thread_is_used(
+    cache: ParameterCache[Tensor], cuda: PretendedCuda
+) -> None:
+    """As Inductor sets one for the call before a capture; that of the caller's stream, and of its device."""
+    source = torch.randn(3)
+    seen = []
+
+    def build() -> Tensor:
+        seen.append((threading.current_thread() is threading.main_thread(), list(cuda.entered), torch.is_grad_enabled()))
+        return source * 2
+
+    cuda.stream = cuda.side
+    with torch.inference_mode():
+        value = cache.get([source], None, build)
+    assert not value.is_inference()
+    assert cache.get([source], None, pytest.fail) is value
+    source.add_(1)
+    cuda.capturing = True
+    cache.get([source], None, build)
+    assert seen == [(False, [cuda.side], False), (True, [cuda.side], False)], "a capture's own value is the graph's"
+
+
+def test_an_error_of_a_build_is_the_callers(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
+    def build() -> Tensor:
+        raise ZeroDivisionError("in a thread")
+
+    with pytest.raises(ZeroDivisionError, match="in a thread"):
+        cache.get([torch.randn(3)], None, build)
+
+
+def test_a_capture_on_a_device_that_is_not_the_current_one(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
+    source = torch.randn(3)
+    cuda.capturing, cuda.current = True, 1
+    first = cache.get([source], None, Counter(source))
+    assert cuda.current == 1
+    assert cache.get([source], None, Counter(source)) is not first, "nothing is kept of a capture"
 
 
 def test_nothing_is_kept_of_a_capture(cache: ParameterCache[Tensor], cuda: PretendedCuda) -> None:
