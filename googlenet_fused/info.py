@@ -119,12 +119,15 @@ def onednn_version() -> str | None:
 
 def machine_description() -> dict[str, Any]:
     """What a timing taken here depends on, ready for JSON: processor, threads, operating system, torch and its flags."""
+    backends: Any = torch.backends
+    precisions = {  # torch's older flags raise once one of these was set alone
+        **{"cudnn_conv": backends.cudnn.conv, "cuda_matmul": backends.cuda.matmul},
+        **{"mkldnn_conv": backends.mkldnn.conv, "mkldnn_matmul": backends.mkldnn.matmul},
+    }
     flags: dict[str, Any] = {
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
-        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-        "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "cudnn_benchmark": backends.cudnn.benchmark,
+        **{f"{name}_fp32_precision": flags.fp32_precision for name, flags in precisions.items()},
+        "mkldnn": backends.mkldnn.is_available() and backends.mkldnn.enabled,
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())

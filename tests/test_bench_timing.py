@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -97,12 +98,79 @@ def test_a_module_case_is_the_papers_form() -> None:
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
-def test_numerics_sets_tf32_and_puts_it_back() -> None:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    for dtype, allowed in (("tf32", True), ("fp32", False), ("bf16", False)):
+BACKENDS: Any = torch.backends
+CUDNN, MATMUL, MKLDNN = BACKENDS.cudnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn
+
+
+@pytest.fixture
+def flags() -> Iterator[None]:
+    """Those for TF32 are afterwards as torch has them from the start."""
+    yield
+    BACKENDS.fp32_precision = CUDNN.fp32_precision = "none"
+    CUDNN.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+    MATMUL.fp32_precision = MKLDNN.matmul.fp32_precision = "none"
+
+
+def newer_flags() -> list[str]:
+    flags = (CUDNN.conv, CUDNN.rnn, MATMUL, MKLDNN.matmul, MKLDNN.conv, CUDNN, BACKENDS)
+    return [flag.fp32_precision for flag in flags]
+
+
+def older_flags() -> list[Any]:
+    return [CUDNN.allow_tf32, MATMUL.allow_tf32, torch.get_float32_matmul_precision()]
+
+
+@pytest.mark.usefixtures("flags")
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        (CUDNN, "allow_tf32", True),
+        (CUDNN, "allow_tf32", False),
+        (MATMUL, "allow_tf32", True),
+        (torch, "float32_matmul_precision", "medium"),
+        *((flag, "fp32_precision", "ieee") for flag in (BACKENDS, CUDNN, CUDNN.conv, CUDNN.rnn, MATMUL)),
+        *((flag, "fp32_precision", "tf32") for flag in (BACKENDS, CUDNN, CUDNN.conv, MATMUL, MKLDNN.matmul)),
+        (MKLDNN.matmul, "fp32_precision", "bf16"),
+    ],
+)
+def test_numerics_sets_tf32_and_puts_it_back(flag: Any, name: str, value: Any) -> None:
+    """Whichever flag was set before. Where that was a newer one, the older ones may have raised."""
+    if flag is torch:
+        torch.set_float32_matmul_precision(value)
+    else:
+        setattr(flag, name, value)
+    before = newer_flags()
+    older = None if name == "fp32_precision" else older_flags()
+    for dtype, allowed, products in (("tf32", True, "high"), ("fp32", False, "highest"), ("bf16", False, "highest")):
         with bench.numerics(dtype):
-            assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (allowed, allowed)
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+            assert older_flags() == [allowed, allowed, products]
+            assert newer_flags()[:4] == ["tf32" if allowed else "ieee"] * 4
+        assert newer_flags() == before
+        assert older is None or older == older_flags()
+
+
+@pytest.mark.usefixtures("flags")
+def test_numerics_within_numerics() -> None:
+    before = newer_flags()
+    with bench.numerics("tf32"):
+        with bench.numerics("fp32"):
+            assert not CUDNN.allow_tf32
+        assert older_flags() == [True, True, "high"]
+    assert newer_flags() == before
+
+
+@pytest.mark.usefixtures("flags")
+@pytest.mark.parametrize(
+    ("flag", "precision"), [(BACKENDS, "tf32"), (CUDNN.conv, "ieee"), (MATMUL, "tf32"), (MKLDNN.matmul, "bf16")]
+)
+def test_the_machine_is_described_whichever_flag_was_set(flag: Any, precision: str) -> None:
+    flag.fp32_precision = precision
+    described = bench.machine_description()["flags"]
+    named = {"cudnn_conv": CUDNN.conv, "cuda_matmul": MATMUL, "mkldnn_conv": MKLDNN.conv, "mkldnn_matmul": MKLDNN.matmul}
+    assert {name: described[f"{name}_fp32_precision"] for name in named} == {
+        name: flag.fp32_precision for name, flag in named.items()
+    }
 
 
 def test_torch_threads_puts_the_number_back() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from googlenet_fused.randomize import randomize_
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
 
 Mode = Literal["inference", "training"]
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the names that cases use. ``tf32`` is fp32 tensors whose products may run on TF32 tensor cores."""
@@ -121,11 +123,36 @@ def build_workload(case: Case, device: torch.device | str = "cpu", seed: int = 0
 
 @contextmanager
 def numerics(dtype: str) -> Iterator[None]:
-    """Lets CUDA's convolutions and matrix products of fp32 tensors use TF32 if ``dtype`` is ``"tf32"``, and not otherwise."""
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = dtype == "tf32"
+    """Lets convolutions and matrix products of fp32 tensors use TF32 if ``dtype`` is ``"tf32"``, and not otherwise.
+
+    Torch's older flags are set too, since Inductor reads them. One that raised before, because a newer one was set alone, has
+    that one's value afterwards.
+    """
+    backends: Any = torch.backends
+    flags = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [flag.fp32_precision for flag in flags]
+    convolutions = _read_or(before[0] == "tf32", lambda: backends.cudnn.allow_tf32)
+    products = _read_or("high" if before[2] == "tf32" else "highest", torch.get_float32_matmul_precision)
+
+    def put(convolutions: bool, products: str, precisions: Iterable[str]) -> None:
+        backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+        for flag, precision in zip(flags, precisions, strict=True):  # last, since those before change them as well
+            flag.fp32_precision = precision
+
+    if dtype == "tf32":
+        put(True, "high", ["tf32"] * len(flags))
+    else:
+        put(False, "highest", ["ieee"] * len(flags))
     try:
         yield
     finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
+        put(convolutions, products, before)
+
+
+def _read_or(otherwise: T, read: Callable[[], T]) -> T:
+    """One of torch's older flags; they raise where they do not say what the newer ones do."""
+    try:
+        return read()
+    except RuntimeError:
+        return otherwise
