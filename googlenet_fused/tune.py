@@ -293,13 +293,19 @@ class _Search:
 
     def outcome(self, before: Plan, gpu: str | None, triton: str) -> Outcome:
         """What comes of a search that starts from the plan in use."""
+        from triton import TritonError
+
         before_turn = self.better(before, None)
         best, turn = self.descended(before, before_turn)
         found = Outcome(self.problem, skipped=self.skipped, wrong=tuple(self.wrong))
         if turn is None:
             return replace(found, reason="no plan runs here and gives right results")
         self.progress("once more", 1.0)
-        ms = self.timed({best: turn} if before_turn is None else {before: before_turn, best: turn})
+        try:
+            ms = self.timed({best: turn} if before_turn is None else {before: before_turn, best: turn})
+        except (TritonError, RuntimeError) as error:
+            self.meter.check("the last timing")
+            return replace(found, reason=f"the last timing failed: {_in_short(error)}")
         if before in ms and not _faster(ms[best], ms[before]):
             best = before
         asked = {name: value for name, value in vars(self.request).items() if name != "multiprocessors"}

@@ -287,6 +287,21 @@ def test_a_plan_that_breaks_while_it_is_timed_is_skipped() -> None:
 
 
 @searching
+@pytest.mark.parametrize("error", [RuntimeError("the launch timed out\nand more"), triton.OutOfResources(3, 2, "threads")])
+def test_a_last_timing_that_breaks_is_the_reason_for_no_entry(error: Exception) -> None:
+    def ms(plan: Plan) -> float:
+        if made_up.progress[-1][0] == "once more":
+            raise error
+        return 1.0
+
+    made_up = MadeUp(ms)
+    outcome = made_up.search()
+    assert outcome.entry is None
+    assert outcome.reason == f"the last timing failed: {str(error).splitlines()[0]}"
+    assert made_up.checked == ["the last timing"]
+
+
+@searching
 def test_a_plan_in_use_that_does_not_run_is_replaced_by_any_that_does() -> None:
     made_up = MadeUp(separable, errors=lambda plan: RuntimeError("no") if plan == TODAY else None)
     outcome = made_up.search()
