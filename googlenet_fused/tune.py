@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ from googlenet_fused.backends.triton.plans import (
     plan_for,
     use_plan,
 )
-from googlenet_fused.bench import Schedule, first_line, numerics, take_turns, wall_clock
+from googlenet_fused.bench import Schedule, first_line, meter_for, numerics, take_turns
 from googlenet_fused.bench.gate import FRESH_INPUTS
-from googlenet_fused.bench.meters import GRAPH_MS, MOST_REPEATS, CpuMeter, CudaMeter
+from googlenet_fused.bench.meters import Meter
 from googlenet_fused.bench.timing import Turn
 from googlenet_fused.blocks import Inception
 from googlenet_fused.packing import ConvParams, pack_inception
@@ -45,6 +45,9 @@ from googlenet_fused.tolerance import compare, references
 
 SPREAD = 0.02
 """How much less time a plan must take than another to replace it: differences below that come and go."""
+
+SCHEDULES = {"cuda": Schedule(rounds=200, calls=5), "cpu": Schedule(rounds=1, calls=1)}
+"""The most that is timed of a plan, by the device; an interpreter's times mean nothing."""
 
 COORDINATES = ("pointwise", "spatial", "form", "pointwise_tma", "spatial_tma", "pdl")
 """The fields of a plan in the order in which they are tried."""
@@ -146,39 +149,6 @@ class Candidate:
         return self.out
 
 
-class Meter(Protocol):
-    """Times candidates on a device: a ``turn`` takes the samples of one. The rest is as ``bench.meters`` has it."""
-
-    @property
-    def schedule(self) -> Schedule: ...
-
-    def turn(self, candidate: Candidate) -> Turn: ...
-
-    def replayed(self, candidate: Candidate) -> Callable[[], Tensor] | None: ...
-
-    def check(self, who: str) -> None: ...
-
-
-class _InterpreterMeter(CpuMeter):
-    """Takes wall times, as few as can be: those of an interpreter mean nothing."""
-
-    schedule = Schedule(rounds=1, calls=1)
-
-    def turn(self, candidate: Candidate) -> Turn:
-        return lambda: [wall_clock(candidate)]
-
-
-class _GraphMeter(CudaMeter):
-    """Takes device times of calls in a replayed CUDA graph, caches warm: the ``graph`` of the benchmarks."""
-
-    schedule = Schedule(rounds=200, calls=5)
-
-    def turn(self, candidate: Candidate) -> Turn:
-        once = self._device_ms(self._capture([candidate], keep=False)[0].replay, 3)
-        repeats = max(1, min(MOST_REPEATS, int(GRAPH_MS / max(once, 1e-3))))
-        return self._graph_turn([candidate] * repeats, self.schedule.calls, keep=False)
-
-
 def tune(
     problems: Sequence[Problem],
     device: torch.device,
@@ -217,8 +187,8 @@ def tune(
     facts, gpu = device_facts(device), torch.cuda.get_device_properties(device).name if on_cuda else None
     requests = [Request(*facts, one.arithmetic, one.spec, one.batch, height=one.side, width=one.side) for one in problems]
     in_use = list(map(plan_for, requests))
-    meter = meter or (_GraphMeter() if on_cuda else _InterpreterMeter())
-    schedule = replace(meter.schedule, seconds=seconds_each)
+    meter = meter or meter_for(device)
+    schedule = replace(SCHEDULES[device.type], seconds=seconds_each)
     entries: list[Entry] = []
     for at, (problem, request, plan) in enumerate(zip(problems, requests, in_use, strict=True)):
 
@@ -338,7 +308,7 @@ class _Search:
                 self.wrong.append(f"{plan}: {fault}")
                 self.say(f"{self.problem}: WRONG RESULTS by the plan {plan}: {fault}")
                 return None
-            turn = self.meter.turn(candidate)
+            turn = self.meter.turn(candidate, self.schedule.calls)
             ms = self.timed({"plan": turn, "best": best}) if best is not None else None
         except (TritonError, RuntimeError) as error:  # the latter from the compiler's passes and from the driver
             self.skipped += 1

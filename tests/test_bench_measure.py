@@ -483,6 +483,24 @@ def test_device_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(turns["wall"]()) == len(turns["host"]()) == 3
 
 
+@pytest.mark.parametrize(("graph_ms", "calls"), [(1.0, 1), (7.0, 3), (1e3, meters.MOST_REPEATS)])
+def test_a_graph_holds_as_many_calls_as_take_some_time(graph_ms: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _FakeCuda()
+    fake.install(monkeypatch)
+    monkeypatch.setattr(meters, "GRAPH_MS", graph_ms)
+    turn = CudaMeter().turn(fake.call, 5)
+    before = fake.ms
+    assert list(turn()) == [2.0] * 5
+    assert fake.ms - before == 2 * calls * 2.0 * 5, "each sample follows a graph that keeps the device busy"
+
+
+def test_a_turn_of_a_cpu_is_wall_time() -> None:
+    called: list[int] = []
+    turn = CpuMeter().turn(lambda: called.append(1), 3)
+    assert all(0 <= ms < 1000 for ms in turn())
+    assert len(called) == 4, "the first is not counted"
+
+
 def test_a_provider_with_graphs_of_its_own_has_no_graph_time(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _FakeCuda()
     fake.install(monkeypatch)

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from cases import TINY
-from test_bench_measure import _FakeCuda
 from torch import Tensor
 
 from googlenet_fused import cli
@@ -36,9 +35,10 @@ from googlenet_fused.backends.triton.plans import (
     plan_for,
 )
 from googlenet_fused.bench import DeviceBroken, Schedule, numerics
+from googlenet_fused.bench.meters import CpuMeter
 from googlenet_fused.cli import main
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
-from googlenet_fused.tune import Outcome, Problem, _GraphMeter, _Module, _Search, entries_as_text, outcomes_as_text, tune
+from googlenet_fused.tune import Outcome, Problem, _Module, _Search, entries_as_text, outcomes_as_text, tune
 
 pytest.importorskip("triton")
 
@@ -98,8 +98,8 @@ class MadeUp:
             raise error
         return SimpleNamespace(plan=plan), self.faults(plan)
 
-    def turn(self, candidate: Any) -> Callable[[], list[float]]:
-        return lambda: [self.ms(candidate.plan)]
+    def turn(self, candidate: Any, calls: int) -> Callable[[], list[float]]:
+        return lambda: [self.ms(candidate.plan)] * calls
 
     def check(self, who: str) -> None:
         self.checked.append(who)
@@ -473,23 +473,6 @@ def test_the_replay_of_a_graph_is_judged_too(module: _Module) -> None:
         assert fault.startswith("in a CUDA graph it disagrees: ")
 
 
-def test_device_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _FakeCuda()
-    fake.install(monkeypatch)
-    meter = _GraphMeter()
-    call: Any = type("Call", (), {"__call__": lambda self: fake.call()})()
-    turn = meter.turn(call)
-    assert list(turn()) == [2.0] * meter.schedule.calls
-    before = fake.ms
-    turn()
-    assert fake.ms - before == 2 * 2.0 * meter.schedule.calls, "one call a graph where a call takes longer than GRAPH_MS"
-    monkeypatch.setattr(tuning, "GRAPH_MS", 7.0)
-    turn = meter.turn(call)
-    before = fake.ms
-    assert list(turn()) == [2.0] * meter.schedule.calls
-    assert fake.ms - before == 2 * 3 * 2.0 * meter.schedule.calls
-
-
 # All of it.
 
 
@@ -498,12 +481,12 @@ def test_device_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tf32_is_as_asked_while_measuring_and_as_before_afterwards(arithmetic: Any, other: str) -> None:
     seen: list[str] = []
 
-    class Meter(tuning._InterpreterMeter):
-        def turn(self, candidate: Any) -> Any:
-            candidate()
+    class Meter(CpuMeter):
+        def turn(self, run: Any, calls: int, settle: float = 0.0) -> Any:
+            run()
             seen.append(arithmetic_of(torch.float32))
             assert not torch.is_grad_enabled()
-            return super().turn(candidate)
+            return super().turn(run, calls, settle)
 
     with numerics(other):
         (entry,) = tune([replace(SMALL, arithmetic=arithmetic)], CPU, seconds_each=0.0, meter=Meter())
@@ -512,19 +495,16 @@ def test_tf32_is_as_asked_while_measuring_and_as_before_afterwards(arithmetic: A
     assert entry.arithmetic == arithmetic
 
 
-class SlowFused(tuning._InterpreterMeter):
+class SlowFused(CpuMeter):
     """Takes 1 ms for each turn; makes up times in which the fused form takes half of the merged one's."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        super().__init__()
-        self.schedule = schedule
-        self.taken = 0
+    taken = 0
 
-    def turn(self, candidate: Any) -> Any:
+    def turn(self, run: Any, calls: int, settle: float = 0.0) -> Any:
         def turn() -> list[float]:
             time.sleep(1e-3)
             self.taken += 1
-            return [1.0 if candidate.plan.form == "fused" else 2.0]
+            return [1.0 if run.plan.form == "fused" else 2.0]
 
         return turn
 
@@ -541,8 +521,7 @@ def test_each_problem_starts_from_the_plan_that_was_in_use_before_all(table: Pat
         plan_table.forget_user_entries()
 
     problems = [SMALL, replace(SMALL, batch=1)]
-    meter = SlowFused(Schedule(rounds=1, calls=1))
-    entries = tune(problems, CPU, done=done, progress=lambda *step: progress.append(step), meter=meter)
+    entries = tune(problems, CPU, done=done, progress=lambda *step: progress.append(step), meter=SlowFused())
     assert entries == [outcome.entry for outcome in outcomes] == list(reversed(plan_table.read_table(table)))
     assert [(outcome.before_ms, outcome.after_ms) for outcome in outcomes] == [(2.0, 1.0)] * 2
     assert [share for _, share in progress] == sorted(share for _, share in progress)
@@ -553,8 +532,11 @@ def test_each_problem_starts_from_the_plan_that_was_in_use_before_all(table: Pat
 
 @interpreted
 @pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 8, 8), (0.04, 8, 20)])
-def test_each_plan_is_timed_for_as_long_as_was_asked(seconds: float, least: int, most: int) -> None:
-    meter = SlowFused(Schedule(rounds=1000, calls=1))
+def test_each_plan_is_timed_for_as_long_as_was_asked(
+    seconds: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = SlowFused()
+    monkeypatch.setitem(tuning.SCHEDULES, "cpu", Schedule(rounds=1000, calls=1))
     tune([SMALL], CPU, seconds_each=seconds, meter=meter)
     assert 4 * least <= meter.taken <= 4 * most
 
@@ -598,9 +580,9 @@ def test_the_command(table: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     faster = {"merged": 2.0, "fused": 1.0}
     with monkeypatch.context() as patch:
         patch.setattr(
-            tuning._InterpreterMeter,
+            CpuMeter,
             "turn",
-            lambda _, candidate: lambda: [candidate.out.shape[0] * faster[candidate.plan.form]],
+            lambda _, candidate, calls: lambda: [candidate.out.shape[0] * faster[candidate.plan.form]],
         )
         assert main([*COMMAND, "--batch", "1", "2", "1"]) == 0
         captured = capsys.readouterr()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from googlenet_fused.bench.memory import CpuMemory, CudaMemory
 from googlenet_fused.bench.provider import Bind, Run, TrainingStep
-from googlenet_fused.bench.timing import Schedule, Turn, wall_clock, wall_turn
+from googlenet_fused.bench.timing import Call, Schedule, Turn, wall_clock, wall_turn
 
 METRICS = ("graph", "graph_cold", "wall", "wall_cold", "host")
 
@@ -101,10 +101,14 @@ class CpuMeter:
         calls = schedule.calls
         if schedule.seconds is not None:
             calls = min(MOST_CALLS, max(FEWEST_CALLS, int(BLOCK_MS / max(each, 1e-3))))
-        turns = {"wall": wall_turn(run, calls, schedule.settle)}
+        turns = {"wall": self.turn(run, calls, schedule.settle)}
         if not isinstance(run, TrainingStep):
-            turns["wall_cold"] = wall_turn(rotated(bind, inputs, run, self.cache), calls, schedule.settle)
+            turns["wall_cold"] = self.turn(rotated(bind, inputs, run, self.cache), calls, schedule.settle)
         return turns, []
+
+    def turn(self, run: Call, calls: int, settle: float = 0.0) -> Turn:
+        """The headline metric of a call: its wall time."""
+        return wall_turn(run, calls, settle)
 
     def replayed(self, run: Run) -> Callable[[], Tensor] | None:
         """There are no graphs here."""
@@ -141,15 +145,19 @@ class CudaMeter:
         if own_graph:
             return turns, ["no graph metric: it replays CUDA graphs of its own"]
         try:
-            once = self._device_ms(self._capture([run], keep=False)[0].replay, 3)
-            repeats = max(1, min(MOST_REPEATS, int(GRAPH_MS / max(once, 1e-3))))
-            turns["graph"] = self._graph_turn([run] * repeats, calls, keep=False)
+            turns["graph"] = self.turn(run, calls)
             if rotation is not None:
                 turns["graph_cold"] = self._graph_turn(rotation.runs, calls, keep=True)
         except Exception as error:  # whatever stops a capture is the provider's own; its wall time stands
             missing.append(f"no CUDA graph: {first_line(error)}")
             torch.cuda.synchronize()
         return turns, missing
+
+    def turn(self, run: Run, calls: int) -> Turn:
+        """The headline metric of a call: its device time in a replayed graph, of several calls if they take little time."""
+        once = self._device_ms(self._capture([run], keep=False)[0].replay, 3)
+        repeats = max(1, min(MOST_REPEATS, int(GRAPH_MS / max(once, 1e-3))))
+        return self._graph_turn([run] * repeats, calls, keep=False)
 
     def replayed(self, run: Run) -> Callable[[], Tensor] | None:
         """A call captured in a CUDA graph: returns a function that replays it and returns its output, which is always the same
