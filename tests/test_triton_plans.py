@@ -24,6 +24,7 @@ from googlenet_fused.backends.triton.plans import (
     ARITHMETICS,
     DTYPES,
     INTERPRETER,
+    MOST_RATIO,
     SHARED_MEMORY,
     Arithmetic,
     Config,
@@ -48,7 +49,7 @@ PLAN = Plan("fused", SMALL, Config(64, 64, 64, 4, 3), pointwise_tma=True)
 ENTRY = Entry("sm_80", "fp16", SPEC, 8, 14, 15, PLAN, "NVIDIA A100-SXM4-40GB", "3.8.0")
 REQUEST = Request("sm_80", 108, "fp16", SPEC, 8, 14, 15)
 
-ARCHES = [*SHARED_MEMORY, "sm_121"]
+ARCHES = [*SHARED_MEMORY, "sm_121", "gfx90a"]
 
 OTHERS: list[dict[str, Any]] = [
     *({"arch": "sm_86"}, {"arithmetic": "bf16"}, {"spec": replace(SPEC, large_kernel=3)}, {"height": 15}, {"width": 14}),
@@ -86,7 +87,7 @@ def plan(rows: int) -> Plan:
     ("arch", "stages"),  # of 32 KiB each
     [
         *(("sm_80", 5), ("sm_86", 3), ("sm_89", 3), ("sm_90", 7), ("sm_100", 7), ("sm_103", 7), ("sm_120", 3)),
-        *(("gfx942", 2), ("sm_121", 3), ("sm_87", 3)),
+        *(("gfx942", 2), ("sm_121", 3), ("sm_87", 3), ("gfx90a", 2), ("gfx1100", 2)),
     ],
 )
 def test_tiles_must_fit_in_shared_memory(arch: str, stages: int) -> None:
@@ -180,9 +181,16 @@ def test_the_interpreter_has_configurations_of_its_own() -> None:
 
 def test_the_nearest_batch_by_ratio() -> None:
     entries = [replace(ENTRY, batch=batch, plan=plan(rows)) for batch, rows in ((1, 16), (8, 32), (100, 64))]
-    for batch, rows in ((1, 16), (2, 16), (3, 32), (8, 32), (28, 32), (29, 64), (4000, 64)):
+    for batch, rows in ((1, 16), (2, 16), (3, 32), (8, 32), (28, 32), (29, 64), (100 * MOST_RATIO, 64)):
         found = nearest(entries, replace(REQUEST, batch=batch))
         assert found == plan(rows), batch
+
+
+def test_a_batch_far_from_all_entries_has_the_rules_plan(table: Path) -> None:
+    add_to_table(table, [replace(ENTRY, batch=batch) for batch in (2, 100)])
+    for batch, near in ((1, True), (8, True), (9, False), (24, False), (25, True), (400, True), (401, False)):
+        request = replace(REQUEST, batch=batch)
+        assert plan_for(request) == (PLAN if near else rule(request)), batch
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
@@ -298,10 +306,10 @@ def test_the_order_of_tables(table: Path, monkeypatch: pytest.MonkeyPatch) -> No
     forget_user_entries()
     monkeypatch.setattr(plans, "shipped_entries", lambda: (replace(ENTRY, plan=plan(16)),))
     assert plan_for(REQUEST) == plan(16)
-    add_to_table(table, [replace(ENTRY, batch=100, plan=plan(64)), replace(ENTRY, arch="sm_90", plan=plan(128))])
+    add_to_table(table, [replace(ENTRY, batch=32, plan=plan(64)), replace(ENTRY, arch="sm_90", plan=plan(128))])
     assert plan_for(REQUEST) == plan(16), "a table is read once"
     forget_user_entries()
-    assert plan_for(REQUEST) == plan(64), "the user's goes first, whatever its batch"
+    assert plan_for(REQUEST) == plan(64), "the user's goes first, though its batch is another"
     assert plan_for(replace(REQUEST, arithmetic="bf16")) == rule(replace(REQUEST, arithmetic="bf16"))
     with use_plan(plan(256)):
         assert plan_for(REQUEST) == plan(256)

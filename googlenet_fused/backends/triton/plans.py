@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, fields
 from functools import cache, lru_cache
-from math import log2
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +26,10 @@ Arithmetic = Literal["fp16", "bf16", "tf32", "fp32"]
 
 Kernel = Literal["pointwise", "spatial", "branch"]
 """The kernels, which each have their own configurations."""
+
+MOST_RATIO = 4
+"""How many times as large or small as its own an entry's batches may be. Beyond that tiles which fill the device for the one are
+too small or too few for the other, and the rule knows better."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -51,8 +54,8 @@ SHARED_MEMORY = {
 }
 """KiB that a block may have, by arch."""
 
-LEAST_SHARED_MEMORY = 99
-"""KiB of an arch that is not in ``SHARED_MEMORY``."""
+LEAST_SHARED_MEMORY = {"sm": 99, "gfx": 64}
+"""KiB of an arch that is not in ``SHARED_MEMORY``, by its maker."""
 
 
 @dataclass(frozen=True, order=True)
@@ -129,7 +132,7 @@ def misfit(config: Config, arithmetic: Arithmetic, arch: str, kernel: Kernel = "
 
     Those of the spatial kernel's two convolutions lie beside one another, as ``make audit`` shows, though one runs at a time.
     """
-    limit = SHARED_MEMORY.get(arch, LEAST_SHARED_MEMORY)
+    limit = SHARED_MEMORY.get(arch, LEAST_SHARED_MEMORY["gfx" if arch.startswith("gfx") else "sm"])
     needed = (config.rows + config.columns) * config.depth * DTYPES[arithmetic].itemsize * config.stages
     needed *= 2 if kernel == "spatial" else 1
     if arch == INTERPRETER or needed <= 1024 * limit:
@@ -273,10 +276,16 @@ class Entry:
 
 
 def nearest(entries: Sequence[Entry], request: Request) -> Plan | None:
-    """The plan of the entry for this arch, arithmetic, module and image size whose batch is nearest by ratio, or None."""
+    """The plan of the entry for this arch, arithmetic, module and image size whose batch is nearest by ratio, up to
+    ``MOST_RATIO``, or None."""
     wanted = (request.arch, request.arithmetic, request.spec, request.height, request.width)
+
+    def ratio(entry: Entry) -> float:
+        return max(entry.batch, request.batch) / min(entry.batch, request.batch)
+
     found = [entry for entry in entries if (entry.arch, entry.arithmetic, entry.spec, entry.height, entry.width) == wanted]
-    return min(found, key=lambda entry: abs(log2(entry.batch / request.batch))).plan if found else None
+    near = [entry for entry in found if ratio(entry) <= MOST_RATIO]
+    return min(near, key=ratio).plan if near else None
 
 
 @cache
