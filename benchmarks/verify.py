@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,10 @@ from benchmarks import results
 from googlenet_fused.backends import registry, trust
 
 
-def passed(report: str, backends: Iterable[str]) -> dict[str, int]:
-    """How many tests of each backend passed on a CUDA device, by a JUnit report (its text).
+def passed(report: str, backends: Iterable[str]) -> dict[str, dict[str, int]]:
+    """How many tests of each backend passed on a CUDA device, by arithmetic, by a JUnit report (its text).
 
-    A test says what it ran in its id: ``test_layouts[cuda-triton-float16-contiguous]``.
+    A test says what it ran in its id: ``test_layouts[cuda-triton-float16-contiguous]``, or ``tf32`` for the dtype.
 
     Raises:
         ValueError: a test failed, or it is no such report.
@@ -36,7 +37,11 @@ def passed(report: str, backends: Iterable[str]) -> dict[str, int]:
     if failed:
         raise ValueError(f"{len(failed)} of {len(cases)} tests failed, the first {failed[0].get('name')}")
     names = [case.get("name", "") for case in cases if case.find("skipped") is None]
-    return {backend: sum(f"cuda-{backend}-" in name for name in names) for backend in backends}
+    found: dict[str, dict[str, int]] = {}
+    for backend in backends:
+        ran = re.compile(rf"cuda-{re.escape(backend)}-({'|'.join(trust.ARITHMETICS)})[-\]]")
+        found[backend] = dict(Counter(match[1] for match in map(ran.search, names) if match))
+    return found
 
 
 def entries(report: str, commit: str | None) -> list[dict[str, Any]]:
@@ -88,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.add is not None:
             for entry in add(chosen.add):
-                print(f"{entry.backend} on {entry.gpu}: {entry.tests} tests, commit {entry.commit[:9]}")
+                tests = ", ".join(f"{count} tests in {name}" for name, count in sorted(entry.tests.items()))
+                print(f"{entry.backend} on {entry.gpu}: {tests}, commit {entry.commit[:9]}")
         else:
             print(json.dumps(entries(chosen.report.read_text(encoding="utf-8"), chosen.commit), indent=1))
     except (OSError, ValueError) as error:

@@ -7,8 +7,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -19,6 +17,8 @@ import torch
 
 from googlenet_fused import __version__
 from googlenet_fused.backends import registry, trust
+from googlenet_fused.backends.triton.backend import missing_tools
+from googlenet_fused.messages import first_line
 
 MINIMUM_TORCH = (2, 11)
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "rich", "matplotlib", "scikit-image")
@@ -65,12 +65,8 @@ def package_state(name: str) -> PackageState:
     try:
         importlib.import_module(_IMPORT_NAMES.get(name, name))
     except Exception as error:  # an import can fail in any way: a missing symbol, an unregistered operator, a version check
-        return PackageState(version, f"{type(error).__name__}: {_first_line(error)}")
+        return PackageState(version, f"{type(error).__name__}: {first_line(error)}")
     return PackageState(version)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @cache
@@ -183,10 +179,7 @@ def warnings(packages: Mapping[str, PackageState]) -> list[str]:
     if torch.version.cuda is None and Path("/proc/driver/nvidia/version").exists():
         found.append("this machine has an NVIDIA driver, but torch is a CPU-only build: install a CUDA build to use the GPU")
     if torch.cuda.is_available() and packages.get("triton", PackageState(None)).version is not None:
-        if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", ""), "cc", "gcc", "clang") if compiler):
-            found.append("Triton builds its launcher with a C compiler at run time and none is on PATH: install gcc")
-        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-            found.append("Triton needs Python.h at run time and it is missing: install the Python development headers")
+        found += missing_tools()
     if torch.get_num_threads() > usable_cpus():
         found.append(
             f"torch uses {torch.get_num_threads()} threads on {usable_cpus()} usable processors, which slows oneDNN down "
@@ -253,14 +246,22 @@ def _backend_text(state: Mapping[str, Any]) -> str:
         return text
     parts = [text, *(_verified_text(entry) for entry in state["verified_on"])]
     if not state["verified_on"]:
-        parts.append("has not run on hardware yet: automatic choice uses it on a GPU only after a self-check there")
+        unknown = "" if state["here"] else ": automatic choice uses it on one only after a self-check there"
+        parts.append(f"no record of its tests passing on a GPU{unknown}")
+    if state["here"]:
+        parts.append(f"here {_here_text(state['here'])}")
     return "; ".join(parts)
 
 
 def _verified_text(entry: Mapping[str, Any]) -> str:
     triton = f", triton {entry['triton']}" if entry["triton"] else ""
-    earlier = "" if entry["current"] else " with an earlier state of its kernels"
-    return f"verified on {entry['gpu']} (torch {entry['torch']}{triton}, commit {entry['commit'][:9]}){earlier}"
+    other = "" if entry["current"] else " with other versions or sources than these"
+    return f"verified on {entry['gpu']} (torch {entry['torch']}{triton}, commit {entry['commit'][:9]}){other}"
+
+
+def _here_text(here: Mapping[str, str]) -> str:
+    said = dict.fromkeys(here.values())
+    return ", ".join(f"{how} in {' and '.join(name for name in here if here[name] == how)}" for how in said)
 
 
 def _aligned(rows: Mapping[str, str]) -> list[str]:

@@ -130,7 +130,7 @@ def test_status_says_why_a_backend_is_not_available(own_registry: None) -> None:
     registry.register(FakeBackend("present"))
     status = registry.status()
     assert list(status) == registry.names()
-    common = {"description": "made up by a test", "needs_verification": False, "verified_on": []}
+    common = {"description": "made up by a test", "needs_verification": False, "verified_on": [], "here": {}}
     assert status["absent"] == {"available": False, "reason": "its hardware is on order", **common}
     assert status["present"] == {"available": True, "reason": None, **common}
     assert status["reference"]["available"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_gpu
 import torch
 from cases import message_of
 
@@ -19,6 +20,7 @@ from googlenet_fused.backends.trust import Identity
 
 HERE = Identity("NVIDIA Test", "sm_90", "580.1", "2.11.0", "3.6.0", "0123456789abcdef")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TESTS = {"float16": 2, "float32": 1, "tf32": 2}
 PASSED = [
     "test_layouts[cuda-fast-float16-contiguous]",
     "test_layouts[cuda-fast-float16-channels_last]",
@@ -27,7 +29,9 @@ PASSED = [
     "test_layouts[cuda-reference-float16-contiguous]",
     "test_layouts[cpu-fast-float16-contiguous]",
     "test_layouts[cuda-faster-float16-contiguous]",
-    "test_network_in_tf32",
+    "test_network_in_tf32[cuda-fast-tf32]",
+    "test_modules_agree_in_tf32[cuda-fast-tf32-4a]",
+    "test_of_no_arithmetic[cuda-fast-empty]",
 ]
 
 
@@ -74,13 +78,32 @@ def report(tmp_path: Path) -> Callable[..., str]:
 
 def test_passed_tests_are_counted_by_backend() -> None:
     text = junit(*PASSED, skips="skipped")
-    assert verify.passed(text, ["fast", "auto", "reference", "cuda"]) == {"fast": 3, "auto": 1, "reference": 1, "cuda": 0}
-    assert verify.passed(junit("test_layouts[cuda-cuda-float16]"), ["fast", "cuda"]) == {"fast": 0, "cuda": 1}
+    one = {"float16": 1}
+    found = verify.passed(text, ["fast", "auto", "reference", "cuda"])
+    assert found == {"fast": TESTS, "auto": one, "reference": one, "cuda": {}}
+    assert verify.passed(junit("test_layouts[cuda-cuda-float16]"), ["fast", "cuda"]) == {"fast": {}, "cuda": one}
+
+
+def test_every_arithmetic_is_told_from_the_others() -> None:
+    for name in trust.ARITHMETICS:
+        assert verify.passed(junit(f"test[cuda-fast-{name}-4a]"), ["fast"]) == {"fast": {name: 1}}
+    assert verify.passed(junit("test[cuda-fast-float64-4a]", "test[cuda-fast-float16x]"), ["fast"]) == {"fast": {}}
+
+
+@pytest.mark.parametrize(
+    ("test", "arithmetics"),
+    [("test_modules_agree", {"float16", "bfloat16", "float32"}), ("test_network_in_tf32", {"tf32"})],
+)
+def test_ids_of_the_projects_own_tests(test: str, arithmetics: set[str]) -> None:
+    """Those that a machine without a GPU skips have their ids there, too."""
+    marks = [mark for mark in getattr(test_gpu, test).pytestmark if mark.name == "parametrize" and "backend" in mark.args[0]]
+    names = [f"{test}[{parameters.id}]" for mark in marks for parameters in mark.args[1]]
+    assert arithmetics <= set(verify.passed(junit(*names), ["auto"])["auto"])
 
 
 @pytest.mark.parametrize("outcome", ["failure", "error"])
 def test_a_test_that_failed_spoils_it(outcome: str) -> None:
-    with pytest.raises(ValueError, match=r"1 of 9 tests failed, the first test_x\[cuda-fast-bad\]") as error:
+    with pytest.raises(ValueError, match=r"1 of 11 tests failed, the first test_x\[cuda-fast-bad\]") as error:
         verify.passed(junit(*PASSED, bad=outcome), ["reference"])
     message_of(error)
 
@@ -90,7 +113,7 @@ def test_entries_are_printed(report: Callable[..., str], capsys: pytest.CaptureF
     printed = capsys.readouterr()
     (entry,) = json.loads(printed.out)
     assert entry.pop("date").startswith("20")
-    assert entry == {**asdict(HERE), "backend": "fast", "commit": COMMIT, "tests": 3}
+    assert entry == {**asdict(HERE), "backend": "fast", "commit": COMMIT, "tests": TESTS}
     assert printed.err == ""
     assert trust.VERIFIED.read_text() == "[]\n", "it only prints"
 
@@ -107,8 +130,8 @@ def test_a_commit_that_is_named_counts(
 @pytest.mark.parametrize(
     ("text", "git", "arguments", "message"),
     [
-        (junit(*PASSED, bad="failure"), {"commit": COMMIT, "dirty": False}, [], "1 of 9 tests failed, the first test_x["),
-        (junit(*PASSED[3:]), {"commit": COMMIT, "dirty": False}, [], "no test of a backend that needs verification passed"),
+        (junit(*PASSED, bad="failure"), {"commit": COMMIT, "dirty": False}, [], "1 of 11 tests failed, the first test_x["),
+        (junit(*PASSED[3:7]), {"commit": COMMIT, "dirty": False}, [], "no test of a backend that needs verification passed"),
         (junit(skips="skipped"), {"commit": COMMIT, "dirty": False}, [], "needs verification passed here (fast)"),
         (junit(), {"commit": COMMIT, "dirty": False}, [], "no test of a backend that needs verification passed here"),
         (junit(*PASSED), {"commit": COMMIT, "dirty": True}, [], f"files differ from commit {COMMIT[:9]}: commit them"),
@@ -152,7 +175,7 @@ def test_the_checkout_asked_is_this_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    return {**asdict(HERE), "backend": "fast", "commit": COMMIT, "date": "2026-01-02", "tests": 3, **changes}
+    return {**asdict(HERE), "backend": "fast", "commit": COMMIT, "date": "2026-01-02", "tests": TESTS, **changes}
 
 
 def add(tmp_path: Path, *entries: Any) -> int:
@@ -166,7 +189,9 @@ def record() -> list[dict[str, Any]]:
 
 def test_entries_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert add(tmp_path, entry()) == 0
-    assert capsys.readouterr().out == f"fast on NVIDIA Test: 3 tests, commit {COMMIT[:9]}\n"
+    assert capsys.readouterr().out == (
+        f"fast on NVIDIA Test: 2 tests in float16, 1 tests in float32, 2 tests in tf32, commit {COMMIT[:9]}\n"
+    )
     assert record() == [entry()]
     assert trust.VERIFIED.read_text().endswith("]\n")
     assert [found.gpu for found in trust.verifications("fast")] == ["NVIDIA Test"]
@@ -175,7 +200,7 @@ def test_entries_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_entries_of_the_same_backend_gpu_and_versions_are_replaced(tmp_path: Path) -> None:
     others = [entry(backend="slow"), entry(gpu="NVIDIA Other"), entry(torch="2.12.0"), entry(triton=None)]
     assert add(tmp_path, entry(), *others) == 0
-    newer = entry(commit="abc123", fingerprint="f" * 16, driver="590.0", tests=7)
+    newer = entry(commit="abc123", fingerprint="f" * 16, driver="590.0", tests={"tf32": 7})
     assert add(tmp_path, newer) == 0
     assert len(record()) == 5
     assert [found for found in record() if found not in others] == [newer]

@@ -6,7 +6,9 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 from googlenet_fused import __version__, info
 from googlenet_fused.backends import trust
+from googlenet_fused.backends.triton import backend
 from googlenet_fused.info import PackageState
 
 
@@ -43,10 +46,10 @@ def test_every_backend_says_why_it_is_not_available(facts: dict[str, object]) ->
     assert isinstance(backends, dict)
     assert {"cpu", "reference"} <= set(backends)
     for state in backends.values():
-        assert set(state) == {"available", "reason", "description", "needs_verification", "verified_on"}
+        assert set(state) == {"available", "reason", "description", "needs_verification", "verified_on", "here"}
         assert state["available"] == (state["reason"] is None)
         assert state["description"]
-        assert state["needs_verification"] or state["verified_on"] == []
+        assert state["needs_verification"] or (state["verified_on"], state["here"]) == ([], {})
 
 
 def test_the_machine_is_described(facts: dict[str, object]) -> None:
@@ -60,7 +63,8 @@ def test_the_machine_is_described(facts: dict[str, object]) -> None:
 
 def backend_state(**changes: Any) -> dict[str, Any]:
     """Of a backend that is available, as the report has it."""
-    return {"available": True, "reason": None, "description": "d", "needs_verification": False, "verified_on": [], **changes}
+    facts = {"available": True, "reason": None, "description": "d", "needs_verification": False}
+    return {**facts, "verified_on": [], "here": {}, **changes}
 
 
 def verified_entry(**changes: Any) -> dict[str, Any]:
@@ -74,11 +78,18 @@ def verified_entry(**changes: Any) -> dict[str, Any]:
         ({"verified_on": [], "needs_verification": False}, "available: d"),
         (
             {"verified_on": []},
-            "available: d; has not run on hardware yet: automatic choice uses it on a GPU only after a self-check there",
+            "available: d; no record of its tests passing on a GPU: automatic choice uses it on one only after a "
+            "self-check there",
         ),
         (
             {"available": False, "reason": "none"},
-            "not available: none; has not run on hardware yet: automatic choice uses it on a GPU only after a self-check there",
+            "not available: none; no record of its tests passing on a GPU: automatic choice uses it on one only after a "
+            "self-check there",
+        ),
+        (
+            {"here": {"float16": "self-check passed", "float32": "to be checked at first use", "tf32": "self-check passed"}},
+            "available: d; no record of its tests passing on a GPU; here self-check passed in float16 and tf32, to be checked "
+            "at first use in float32",
         ),
         (
             {"verified_on": [verified_entry()]},
@@ -86,7 +97,7 @@ def verified_entry(**changes: Any) -> dict[str, Any]:
         ),
         (
             {"verified_on": [verified_entry(gpu="NVIDIA L4", triton=None, current=False), verified_entry(commit="abc1")]},
-            "available: d; verified on NVIDIA L4 (torch 2.11.0, commit 012345678) with an earlier state of its kernels; "
+            "available: d; verified on NVIDIA L4 (torch 2.11.0, commit 012345678) with other versions or sources than these; "
             "verified on NVIDIA H100 (torch 2.11.0, triton 3.6.0, commit abc1)",
         ),
     ],
@@ -160,11 +171,12 @@ def test_more_threads_than_processors_is_a_warning(monkeypatch: pytest.MonkeyPat
 
 def test_triton_on_a_gpu_machine_wants_a_compiler_and_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(info.shutil, "which", lambda _: None)
-    monkeypatch.setattr(info.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     found = info.warnings({"triton": PackageState("3.6.0")})
     assert any("install gcc" in text for text in found)
     assert any("Python.h" in text for text in found)
+    assert backend.missing_tools() == [text for text in found if text.startswith("Triton builds its launcher with ")]
     assert not any("gcc" in text for text in info.warnings({"triton": PackageState(None)}))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypedDict
@@ -36,7 +36,7 @@ class Problem:
 
 
 class VerifiedOn(TypedDict):
-    """A GPU on which the tests passed; ``current`` says whether with the backend's sources as they are now."""
+    """A GPU on which the tests passed; ``current`` says whether with the sources and the versions that are here now."""
 
     gpu: str
     arch: str
@@ -53,6 +53,11 @@ class BackendStatus(TypedDict):
     description: str
     needs_verification: bool
     verified_on: list[VerifiedOn]
+    here: dict[str, str]
+
+
+class Hindrance(str):
+    """A doubt that may be gone at the next call, so that nobody is to keep what was chosen because of it."""
 
 
 class Backend(ABC):
@@ -74,9 +79,17 @@ class Backend(ABC):
     def doubt(self, problem: Problem) -> str | None:
         """Why automatic choice passes this backend over although it supports ``problem``, or None.
 
-        A backend that was asked for by name runs all the same. It is asked at every call, so an answer should be kept.
+        A backend that was asked for by name runs all the same. It is asked at every call, so an answer should be kept, unless
+        it is a ``Hindrance``.
         """
         return None
+
+    def ways(self, problem: Problem) -> Mapping[str, AbstractContextManager[None]]:
+        """Further ways in which it may come to run ``problem``, by name: each a context, entered once, within which it does.
+
+        A self-check tries them besides what the backend does by itself.
+        """
+        return {}
 
     def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
         """What ``inception`` wants of the packed weights in a form of its own: made once and kept for as long as they are.
@@ -157,7 +170,8 @@ def check_name(name: str) -> None:
 
 
 def status() -> dict[str, BackendStatus]:
-    """For every backend: whether it can run on this machine and, if not, why; and the GPUs that it is known to be right on."""
+    """For every backend: whether it can run on this machine and, if not, why; the GPUs that it is known to be right on; and
+    what is known of it on the current one, as ``trust.standing`` says it."""
     from googlenet_fused.backends import trust  # which needs this module
 
     report: dict[str, BackendStatus] = {}
@@ -170,6 +184,7 @@ def status() -> dict[str, BackendStatus]:
             "description": backend.description,
             "needs_verification": backend.needs_verification,
             "verified_on": trust.verified_on(backend) if backend.needs_verification else [],
+            "here": trust.standing(backend) if backend.needs_verification else {},
         }
     return report
 
@@ -195,12 +210,15 @@ def requested(name: str) -> str:
     return _requested.get() if name == AUTO else name
 
 
-def select(name: str, problem: Problem) -> Backend:
+def select(name: str, problem: Problem, *, lasting: bool = False) -> Backend:
     """The backend for ``problem``: the one named, else the one of ``use_backend``, else the most preferred that supports it
     without a doubt.
 
+    Args:
+        lasting: the choice is to be kept for later calls.
+
     Raises:
-        ValueError: no backend has this name.
+        ValueError: no backend has this name, or a choice that is to be kept is hindered.
         BackendError: the backend that was named cannot run the problem.
     """
     name = requested(name)
@@ -219,6 +237,8 @@ def select(name: str, problem: Problem) -> Backend:
         reason = backend.supports(problem)
         if reason is None:
             reason = backend.doubt(problem)
+        if lasting and isinstance(reason, Hindrance):
+            raise ValueError(f"no backend is settled for {problem}: {candidate}: {reason}")
         if reason is None:
             _announce(backend, problem, refusals)
             return backend

@@ -12,9 +12,11 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -26,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from googlenet_fused.backends import registry
-from googlenet_fused.backends.registry import Backend, Problem, VerifiedOn
+from googlenet_fused.backends.registry import Backend, Hindrance, Problem, VerifiedOn
 from googlenet_fused.blocks import BasicConv2d, Inception
+from googlenet_fused.messages import first_line
 from googlenet_fused.packing import ConvParams, PackedInception, fold_batch_norm, pack_inception
 from googlenet_fused.randomize import randomize_
 from googlenet_fused.spec import GOOGLENET_SPECS, InceptionSpec
@@ -42,6 +45,12 @@ REMEMBERED = "self-checks.json"
 
 KEPT = 200
 """Self-checks that are remembered at most, the latest ones."""
+
+ARITHMETICS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+"""What verdicts are on, and the dtype of its tensors: kernels for TF32 are others than those for fp32."""
+
+_COMMON = ("packing.py", "spec.py", "tolerance.py", "backends/registry.py", "backends/trust.py")
+"""Sources in the package that a verdict on any backend depends on: what one is handed, what is asked of it, and who judges."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,13 @@ class Verification(Identity):
     backend: str
     commit: str
     date: str
-    tests: int
+    tests: dict[str, int]
+    """How many passed in each arithmetic."""
 
-    def covers(self, here: Identity) -> bool:
-        """Whether what was found there holds here, too. Drivers are meant to be exchangeable."""
-        return all(getattr(self, name) == getattr(here, name) for name in ("gpu", "torch", "triton", "fingerprint"))
+    def covers(self, here: Identity, arithmetic: str) -> bool:
+        """Whether what was found there holds here, too, in this arithmetic. Drivers are meant to be exchangeable."""
+        same = all(getattr(self, name) == getattr(here, name) for name in ("gpu", "torch", "triton", "fingerprint"))
+        return same and self.tests.get(arithmetic, 0) > 0
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -79,15 +90,18 @@ class Verification(Identity):
 
 
 def fingerprint(backend: Backend) -> str:
-    """16 hex digits that change with the sources of a backend: its file, or all code and tables of the package it is in."""
+    """16 hex digits that change with the sources of a backend: its file, or all code and tables of the package it is in; and
+    with what every verdict depends on.
+    """
     return _fingerprint(type(backend))
 
 
 @cache
 def _fingerprint(cls: type[Backend]) -> str:
     digest = hashlib.sha256()
-    root, sources = _sources(Path(inspect.getfile(cls)).resolve())
-    for path in sources:
+    own, sources = _sources(Path(inspect.getfile(cls)).resolve())
+    package = Path(__file__).resolve().parents[1]
+    for root, path in [*((own, path) for path in sources), *((package, package / name) for name in _COMMON)]:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
@@ -170,10 +184,12 @@ def read_verifications(path: Path) -> list[Verification]:
 
 def _fault_of_entry(entry: Any) -> str | None:
     kinds: dict[str, type | UnionType] = {field.name: str for field in fields(Verification)}
-    kinds |= {"driver": str | None, "triton": str | None, "tests": int}
+    kinds |= {"driver": str | None, "triton": str | None, "tests": dict}
     if not isinstance(entry, dict) or entry.keys() != kinds.keys():
         return f"must have the fields {', '.join(kinds)}, got {', '.join(entry) if isinstance(entry, dict) else repr(entry)}"
     wrong = next((name for name, kind in kinds.items() if not isinstance(entry[name], kind)), None)
+    if wrong is None and not all(name in ARITHMETICS and isinstance(count, int) for name, count in entry["tests"].items()):
+        wrong = "tests"
     return None if wrong is None else f"has {entry[wrong]!r} for {wrong}"
 
 
@@ -193,6 +209,7 @@ def verifications(backend_name: str) -> list[Verification]:
 
 def verified_on(backend: Backend) -> list[VerifiedOn]:
     """``verifications`` as ``doctor`` tells them."""
+    here = str(torch.__version__), _triton_version(), fingerprint(backend)
     return [
         {
             "gpu": entry.gpu,
@@ -201,27 +218,26 @@ def verified_on(backend: Backend) -> list[VerifiedOn]:
             "triton": entry.triton,
             "commit": entry.commit,
             "date": entry.date,
-            "current": entry.fingerprint == fingerprint(backend),
+            "current": (entry.torch, entry.triton, entry.fingerprint) == here,
         }
         for entry in verifications(backend.name)
     ]
 
 
-def record(commit: str, date: str, tests: Mapping[str, int]) -> list[dict[str, Any]]:
+def record(commit: str, date: str, tests: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
     """New entries for ``verified.json``, of the current CUDA device.
 
     Args:
         commit: that of the code that was tested.
         date: when.
-        tests: how many tests of a backend passed on the device, by its name; none may have failed.
+        tests: how many tests of a backend passed on the device, by its name and by arithmetic; none may have failed.
     """
     found = []
     for backend in map(registry.get, registry.names()):
-        if backend.needs_verification and backend.probe() is None and tests.get(backend.name, 0) > 0:
+        counts = {name: count for name, count in tests.get(backend.name, {}).items() if count}
+        if backend.needs_verification and backend.probe() is None and counts:
             here = identity(backend, torch.cuda.current_device())
-            found.append(
-                Verification(**asdict(here), backend=backend.name, commit=commit, date=date, tests=tests[backend.name])
-            )
+            found.append(Verification(**asdict(here), backend=backend.name, commit=commit, date=date, tests=counts))
     return [asdict(entry) for entry in found]
 
 
@@ -231,10 +247,21 @@ _answers: dict[tuple[str, int | None, str], str | None] = {}
 _answering = RLock()  # so that a check runs once, whichever thread asks
 
 
+def _renew_lock() -> None:
+    """In a forked process nobody is left to release the lock if another thread held it."""
+    global _answering
+    _answering = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def doubt(backend: Backend, problem: Problem) -> str | None:
     """Why automatic choice is not to use ``backend`` for problems of this device and arithmetic, or None.
 
-    For ``Backend.doubt``. Runs a self-check if nothing is known yet, and says so.
+    For ``Backend.doubt``. Runs a self-check if nothing is known yet, and says so; where none can run now, that is a
+    ``Hindrance``.
     """
     device = problem.device
     if device.type != "cuda":
@@ -250,40 +277,82 @@ def doubt(backend: Backend, problem: Problem) -> str | None:
         if key in _answers:
             return _answers[key]
         here = identity(backend, device.index)
-        check = {"backend": backend.name, "arithmetic": arithmetic(problem.dtype), **asdict(here)}
-        if any(entry.covers(here) for entry in verifications(backend.name)) or check in _passed():
+        if _known(backend, here, key[-1]) is not None:
             _answers[key] = None
-        elif (hindrance := _hindrance()) is not None:
-            return hindrance
+        elif (hindrance := _hindrance(device)) is not None:
+            return Hindrance(hindrance)
         else:
-            _answers[key] = _check(backend, problem, check)
+            try:
+                _answers[key] = _check(backend, problem, here)
+            except torch.OutOfMemoryError as error:
+                said = f"its self-check on this device ran out of memory and is to be run again: {first_line(error)}"
+                return Hindrance(said)
         return _answers[key]
 
 
-def _hindrance() -> str | None:
+def standing(backend: Backend) -> dict[str, str]:
+    """What automatic choice makes of ``backend`` on the current CUDA device, by arithmetic. Checks nothing.
+
+    Of each arithmetic that the backend supports: "verified by record", "self-check passed", "self-check failed" or "to be
+    checked at first use". Empty without a device.
+    """
+    if backend.probe() is not None or not torch.cuda.is_available():
+        return {}
+    device = torch.device("cuda", torch.cuda.current_device())
+    here = identity(backend, device.index)
+    found = {}
+    for name, dtype in ARITHMETICS.items():
+        if _runs(backend, Problem(device, dtype, None)):
+            failed = _answers.get((backend.name, device.index, name)) is not None
+            known = "self-check failed" if failed else _known(backend, here, name)
+            found[name] = known or "to be checked at first use"
+    return found
+
+
+def _known(backend: Backend, here: Identity, arithmetic: str) -> str | None:
+    """How it is known that ``backend`` is right here, in the words of ``standing``, or None if it is not."""
+    if any(entry.covers(here, arithmetic) for entry in verifications(backend.name)):
+        return "verified by record"
+    return "self-check passed" if _remembered(backend, here, arithmetic) in _passed() else None
+
+
+def _remembered(backend: Backend, here: Identity, arithmetic: str) -> dict[str, str | None]:
+    """A self-check that passed as the user's cache has it."""
+    return {"backend": backend.name, "arithmetic": arithmetic, **asdict(here)}
+
+
+def _hindrance(device: torch.device) -> str | None:
     """Why no self-check can run just now, or None."""
-    if torch.cuda.is_current_stream_capturing():
-        return "its self-check on this device cannot run while a CUDA graph is captured: call the model once before"
-    # Not a documented interface. A dispatch mode, such as that of fake tensors, would see all that a self-check does.
+    with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return "its self-check on this device cannot run while a CUDA graph is captured: call the model once before"
+    # Not a documented interface. A dispatch mode, such as that of fake tensors, would see all that a self-check does. Inside
+    # our operators none is left, but ``fuse`` asks outside of them.
     if torch.compiler.is_compiling() or getattr(torch._C, "_len_torch_dispatch_stack", int)():
         return "its self-check on this device cannot run while the model is traced: call the model once before"
     return None
 
 
-def _check(backend: Backend, problem: Problem, check: Mapping[str, str | None]) -> str | None:
-    """Runs the self-check, says what came of it and, if it passed, remembers it as ``check``."""
+def _check(backend: Backend, problem: Problem, here: Identity) -> str | None:
+    """Runs the self-check, says so before and after and, if it passed, remembers it.
+
+    Raises:
+        torch.OutOfMemoryError: as ``self_check``.
+    """
+    name = arithmetic(problem.dtype)
+    _warn(
+        f"backend {backend.name!r} has not been verified on {here.gpu} in {name}: checking it once, which takes as long as "
+        "compiling some kernels"
+    )
     began = time.perf_counter()
     fault = self_check(backend, problem)
     seconds = time.perf_counter() - began
-    what = (
-        f"backend {backend.name!r} has not been verified on {check['gpu']}; "
-        f"a self-check of {len(_runs(backend, problem))} modules in {check['arithmetic']}"
-    )
+    what = f"the self-check of backend {backend.name!r} on {here.gpu} in {name}"
     if fault is not None:
         logger.warning("%s failed: %s: automatic choice passes it over", what, fault)
         return f"its self-check on this device failed: {fault}"
-    logger.info("%s passed in %.1f s: automatic choice uses it", what, seconds)
-    _remember(check)
+    logger.warning("%s passed in %.1f s: automatic choice uses it", what, seconds)
+    _remember(_remembered(backend, here, name))
     return None
 
 
@@ -315,14 +384,19 @@ def _warn(message: str) -> None:
 # The self-check.
 
 _ODD = InceptionSpec(13, 7, 11, 17, 3, 5, 19)
+_4A = replace(GOOGLENET_SPECS["4a"], large_kernel=3)
 _RUNS: tuple[tuple[InceptionSpec | None, tuple[int, int, int]], ...] = (
     (None, (2, 15, 11)),
     (replace(_ODD, large_kernel=3), (3, 6, 9)),
     (_ODD, (3, 6, 9)),
-    (replace(GOOGLENET_SPECS["4a"], large_kernel=3), (1, 14, 14)),
+    (_4A, (1, 14, 14)),
     (GOOGLENET_SPECS["5a"], (2, 7, 7)),
 )
 """Widths that no kernel likes and GoogLeNet's, with batch, height and width; None is the stem's convolution."""
+
+_IN_ALL_WAYS: tuple[InceptionSpec, tuple[int, int, int]] = (_4A, (80, 14, 14))
+"""What runs in every way of the backend, channels_last. Its widths are aligned, so that descriptors apply; its tiles, even of
+128 pixels by 128 channels, are more than the two for each of up to 180 multiprocessors that a persistent grid takes at once."""
 
 _FENCE = 256
 """Elements on either side of an output; a multiple of what any kernel aligns to."""
@@ -332,20 +406,20 @@ def self_check(backend: Backend, problem: Problem) -> str | None:
     """Why ``backend`` is not to be trusted on the problem's device and in its dtype, or None.
 
     A few small modules, contiguous and channels_last, are judged by ``tolerance`` against the plain ones, which run under the
-    flags of torch that are in force. No random state of the caller's moves.
+    flags of torch that are in force; one of them in all ``Backend.ways``. No random state of the caller's moves.
+
+    Raises:
+        torch.OutOfMemoryError: the device has too little memory left to tell.
     """
     runs = _runs(backend, problem)
     for one, shape in runs:
         for layout in (torch.contiguous_format, torch.channels_last):
-            try:
-                with torch.inference_mode(False), torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
-                    fault = _fault(backend, one, shape, layout)
-                    if problem.device.type == "cuda":
-                        torch.cuda.synchronize(problem.device)
-            except Exception as error:  # whatever a backend, its compiler or the device raises
-                fault = f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            fault = _fault(backend, one, shape, layout, lambda _: {"": nullcontext()})
             if fault is not None:
-                return f"{one}, {str(layout).removeprefix('torch.')}: {fault}"
+                return fault
+    spec, shape = _IN_ALL_WAYS
+    if backend.supports(one := replace(problem, spec=spec)) is None:
+        return _fault(backend, one, shape, torch.channels_last, backend.ways)
     return None if runs else "it supports none of the modules of the self-check"
 
 
@@ -355,18 +429,45 @@ def _runs(backend: Backend, problem: Problem) -> list[tuple[Problem, tuple[int, 
     return [(one, shape) for one, shape in runs if backend.supports(one) is None]
 
 
-def _fault(backend: Backend, problem: Problem, shape: tuple[int, int, int], layout: torch.memory_format) -> str | None:
-    plain = _plain(problem.spec).to(problem.device, problem.dtype)
+def _fault(
+    backend: Backend,
+    problem: Problem,
+    shape: tuple[int, int, int],
+    layout: torch.memory_format,
+    ways: Callable[[Problem], Mapping[str, AbstractContextManager[None]]],
+) -> str | None:
+    """What is wrong with one module in the first of ``ways`` in which something is, or None."""
+    where = what = f"{problem}, {str(layout).removeprefix('torch.')}"
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+            found = ways(problem)
+            if not found:
+                return None
+            plain = _plain(problem.spec).to(problem.device, problem.dtype)
+            x = _input(plain, shape).to(problem.device, problem.dtype).contiguous(memory_format=layout)
+            run, plain_results = _fused(backend, plain, x, problem.spec), references(plain, x)
+            for way, context in found.items():
+                where = f"{what}, {way}" if way else what
+                with context:
+                    first = run()
+                    comparison, same = compare(first, *plain_results), torch.equal(first, run())
+                    if problem.device.type == "cuda":
+                        torch.cuda.synchronize(problem.device)
+                if not comparison.ok or not same:
+                    return f"{where}: {'two runs on one input differ' if comparison.ok else comparison}"
+    except Exception as error:  # whatever a backend, its compiler or the device raises
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        return f"{where}: {type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def _input(plain: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+    """A random input of this batch, height and width for a module, in fp32 on the CPU."""
     channels = next(module.in_channels for module in plain.modules() if isinstance(module, nn.Conv2d))
     n, h, w = shape
-    x = torch.randn(n, channels, h, w, generator=torch.Generator("cpu").manual_seed(1), device="cpu", dtype=torch.float32)
-    x = x.to(problem.device, problem.dtype).contiguous(memory_format=layout)
-    run = _fused(backend, plain, x, problem.spec)
-    first = run()
-    comparison = compare(first, *references(plain, x))
-    if not comparison.ok:
-        return str(comparison)
-    return None if torch.equal(first, run()) else "two runs on one input differ"
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randn(n, channels, h, w, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _plain(spec: InceptionSpec | None) -> nn.Module:

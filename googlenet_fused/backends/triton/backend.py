@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,21 @@ from torch import Tensor
 
 from googlenet_fused.backends import trust
 from googlenet_fused.backends.registry import Backend, Problem
-from googlenet_fused.backends.triton.plans import ARITHMETICS, DTYPES, INTERPRETER, Arithmetic, Request, plan_for
+from googlenet_fused.backends.triton.plans import (
+    DTYPES,
+    FORMS,
+    INTERPRETER,
+    SPATIAL,
+    Arithmetic,
+    Plan,
+    Request,
+    configurations_for,
+    hopper_or_later,
+    plan_for,
+    rule,
+    use_plan,
+)
+from googlenet_fused.messages import first_line
 from googlenet_fused.packing import PackedInception
 
 MINIMUM_TRITON = (3, 6)
@@ -41,6 +57,12 @@ class TritonBackend(Backend):
             return "its kernels are interpreted here (TRITON_INTERPRET=1), which is for tests: ask for it by name"
         return trust.doubt(self, problem)
 
+    def ways(self, problem: Problem) -> Mapping[str, AbstractContextManager[None]]:
+        if problem.spec is None:
+            return {}
+        request = Request(*device_facts(problem.device), arithmetic_of(problem.dtype), problem.spec, 1, 1, 1)
+        return {str(plan): use_plan(plan) for plan in shipped_plans(request)}
+
     def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
         from googlenet_fused.backends.triton.launch import Weights
 
@@ -59,18 +81,26 @@ class TritonBackend(Backend):
                 launch.run()
 
 
+_ARITHMETICS: dict[str, Arithmetic] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "tf32"}
+
+
 def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
     """How the kernels multiply tensors of this dtype: fp32 as torch's flag for convolutions says."""
-    if dtype == torch.float32:
-        return "tf32" if _tf32_allowed() else "fp32"
-    return next(name for name in ARITHMETICS if DTYPES[name] == dtype)
+    return _ARITHMETICS[trust.arithmetic(dtype)]
 
 
-def _tf32_allowed() -> bool:
-    for flags in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):  # type: ignore[attr-defined]
-        if flags.fp32_precision != "none":
-            return bool(flags.fp32_precision == "tf32")
-    return False
+def shipped_plans(request: Request) -> list[Plan]:
+    """Plans that hold every shipped configuration which runs on the request's arch, in both forms, with the flags of the rule;
+    where there are tensor descriptors, a last one has them in every kernel that can."""
+    configs, chosen = configurations_for(request), rule(request)
+    found = []
+    for form in FORMS:
+        pointwise, spatial = configs["pointwise"], configs[SPATIAL[form]]
+        for one, other in zip_longest(pointwise, spatial):
+            found.append(replace(chosen, form=form, pointwise=one or pointwise[-1], spatial=other or spatial[-1]))
+    if hopper_or_later(request.arch):
+        found.append(replace(found[0], form="merged", pointwise_tma=True, spatial_tma=True, pdl=True))
+    return found
 
 
 @cache
@@ -86,9 +116,7 @@ def _probe() -> str | None:
     try:
         import triton
     except Exception as error:  # an import can fail in any way
-        return (
-            f"triton does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        )
+        return f"triton does not import: {type(error).__name__}: {first_line(error)}"
     if tuple(map(int, triton.__version__.split(".")[:2])) < MINIMUM_TRITON:
         oldest = ".".join(map(str, MINIMUM_TRITON))
         return f"triton {triton.__version__} is older than {oldest}: upgrade torch, which brings its own"
@@ -115,11 +143,17 @@ def _refuse_device(device: torch.device) -> str | None:
 def _refuse_gpu(device: torch.device) -> str | None:
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < MINIMUM_CAPABILITY:
         return f"it needs sm_{MINIMUM_CAPABILITY[0]}{MINIMUM_CAPABILITY[1]} or later, this is sm_{capability[0]}{capability[1]}"
+    return next(iter(missing_tools()), None)
+
+
+def missing_tools() -> list[str]:
+    """What Triton builds its launchers with at run time and this machine lacks, each with its remedy."""
+    found = []
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", ""), "cc", "gcc", "clang") if compiler):
-        return "Triton builds its launcher with a C compiler and none is on PATH: install gcc"
+        found.append("Triton builds its launcher with a C compiler and none is on PATH: install gcc")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return "Triton builds its launcher with Python.h, which is missing: install the Python development headers"
-    return None
+        found.append("Triton builds its launcher with Python.h, which is missing: install the Python development headers")
+    return found
 
 
 def _refuse_dtype(problem: Problem) -> str | None:
