@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from googlenet_fused import kept_weights, ops
-from googlenet_fused.backends import registry
+from googlenet_fused.backends import registry, trust
 from googlenet_fused.packing import ConvParams
 from googlenet_fused.parameter_cache import lend
 
@@ -28,6 +28,8 @@ class DirectCall(NamedTuple):
     device: torch.device
     in_channels: int
     smallest_side: int
+    arithmetic: str | None
+    """Of fp32 on a CUDA device, where automatic choice depends on it."""
 
     def serves(self, x: Tensor, backend: str) -> bool:
         """Whether the operator would do with ``x`` and this request for a backend what ``run`` does."""
@@ -39,7 +41,12 @@ class DirectCall(NamedTuple):
             and x.shape[1] == self.in_channels
             and min(x.shape[2], x.shape[3]) >= self.smallest_side
             and x.shape[0] > 0
+            and _arithmetic(x) == self.arithmetic
         )
+
+
+def _arithmetic(x: Tensor) -> str | None:
+    return trust.arithmetic(x.dtype) if x.dtype == torch.float32 and x.is_cuda else None
 
 
 # Not documented interfaces, all of them.
@@ -75,10 +82,14 @@ def unobserved(x: Tensor) -> bool:
 
 
 def inception(x: Tensor, convs: Sequence[ConvParams], backend: str) -> DirectCall:
-    """``ops.inception`` with ``cache``, for inputs like ``x``; it must have run with these arguments."""
+    """``ops.inception`` with ``cache``, for inputs like ``x``; it must have run with these arguments.
+
+    Raises:
+        ValueError: it did not run on a backend that later calls would have, too.
+    """
     packed = kept_weights.pack(convs, x.dtype, cache=True)
     spec = packed.spec
-    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, spec))
+    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, spec), lasting=True)
     prepared = kept_weights.prepare(chosen, packed, x.shape)
 
     def run(x: Tensor) -> Tensor:
@@ -87,13 +98,17 @@ def inception(x: Tensor, convs: Sequence[ConvParams], backend: str) -> DirectCal
         return out
 
     lent = _lent(run, convs[0].weight, (*packed, *prepared))
-    return DirectCall(lent, registry.requested(backend), x.dtype, x.device, spec.in_channels, smallest_side=1)
+    return DirectCall(lent, registry.requested(backend), x.dtype, x.device, spec.in_channels, 1, _arithmetic(x))
 
 
 def conv2d_relu(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Sequence[int], backend: str) -> DirectCall:
-    """``ops.conv2d_relu`` with ``cache``, for inputs like ``x``; it must have run with these arguments."""
+    """``ops.conv2d_relu`` with ``cache``, for inputs like ``x``; it must have run with these arguments.
+
+    Raises:
+        ValueError: it did not run on a backend that later calls would have, too.
+    """
     weight, bias = kept_weights.fold(conv, x.dtype, cache=True)
-    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None))
+    chosen = registry.select(backend, registry.Problem(x.device, x.dtype, None), lasting=True)
     prepared = kept_weights.prepare_conv2d(chosen, weight, stride, padding, x.shape)
 
     def run(x: Tensor) -> Tensor:
@@ -102,7 +117,7 @@ def conv2d_relu(x: Tensor, conv: ConvParams, stride: Sequence[int], padding: Seq
     _, in_channels, *kernel = weight.shape
     smallest = max(size - 2 * pad for size, pad in zip(kernel, padding, strict=True))
     lent = _lent(run, conv.weight, (weight, bias, *prepared))
-    return DirectCall(lent, registry.requested(backend), x.dtype, x.device, in_channels, max(smallest, 1))
+    return DirectCall(lent, registry.requested(backend), x.dtype, x.device, in_channels, max(smallest, 1), _arithmetic(x))
 
 
 def _lent(run: Callable[[Tensor], Tensor], source: Tensor, kept: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:

@@ -20,7 +20,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from googlenet_fused import CannotFuse, FusedInception, modules, use_backend
-from googlenet_fused.backends import registry
+from googlenet_fused.backends import registry, trust
 from googlenet_fused.blocks import BasicConv2d, Norm
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.randomize import randomize_
@@ -462,6 +462,48 @@ def test_an_empty_batch_after_a_full_one(kind: str) -> None:
         full = module(image())
         module(image())
         assert module(image(0)).shape == (0, *full.shape[1:])
+
+
+@both_kinds
+def test_fp32_on_cuda_is_chosen_for_anew_in_another_arithmetic(
+    kind: str, cuda: PretendedCuda, operator_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that is right in fp32 may be wrong in TF32."""
+    flags = ["float32"]
+    doubts = {"float32": None, "tf32": "its self-check failed"}
+    monkeypatch.setattr(registry.get("cpu"), "doubt", lambda problem: doubts[flags[-1]])
+    monkeypatch.setattr(trust, "arithmetic", lambda dtype: flags[-1])
+    ran: list[str] = []
+    for name in ("cpu", "reference"):
+        for method in ("inception", "conv2d_relu"):
+            run = getattr(registry.get(name), method)
+            monkeypatch.setattr(registry.get(name), method, lambda *a, _run=run, _name=name: (ran.append(_name), _run(*a))[1])
+    module = make(kind)
+    with torch.no_grad():
+        for arithmetic, name in (("float32", "cpu"), ("tf32", "reference"), ("float32", "cpu")):
+            flags.append(arithmetic)
+            module(image()), module(image()), module(image())
+            assert ran == [name] * 3
+            ran.clear()
+    assert len(operator_calls) == 3, "the first in each arithmetic"
+
+
+@both_kinds
+def test_a_choice_that_was_hindered_is_not_kept(kind: str, operator_calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    doubts: list[str | None] = [registry.Hindrance("no memory")]
+    monkeypatch.setattr(registry.get("cpu"), "doubt", lambda problem: doubts[-1])
+    module = make(kind)
+    with torch.no_grad():
+        for _ in range(3):
+            module(image())
+        assert len(operator_calls) == 3
+        for doubt in (None, "it is wrong"):
+            doubts.append(doubt)
+            module.repack()
+            operator_calls.clear()
+            for _ in range(3):
+                module(image())
+            assert len(operator_calls) == 1
 
 
 # What a later conversion of the parameters may need.
