@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the third branch's kernel: 5 as in the paper, 3 as in torchvision's network (default: both)",
     )
     tune.add_argument(
-        "--batch", type=_positive, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes (default: 1 8 32)"
+        "--batch", type=_positive, nargs="+", default=[1, 8, 32, 128], metavar="N", help="batch sizes (default: 1 8 32 128)"
     )
     tune.add_argument(
         "--dtype",

@@ -805,7 +805,9 @@ def test_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert cli.ARITHMETICS == plans.ARITHMETICS
     (problems, seconds), (others, other_seconds) = asked
     modules = list(itertools.product(GOOGLENET_SPECS, (3, 5)))
-    assert problems == [Problem.of_googlenet(name, batch, "fp16", kernel) for name, kernel in modules for batch in (1, 8, 32)]
+    assert problems == [
+        Problem.of_googlenet(name, batch, "fp16", kernel) for name, kernel in modules for batch in (1, 8, 32, 128)
+    ]
     assert seconds == 0.5
     assert others == [Problem.of_googlenet(name, 128, dtype, kernel) for name, kernel in modules for dtype in ("tf32", "bf16")]
     assert other_seconds == 2.5

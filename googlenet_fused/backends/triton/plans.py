@@ -28,7 +28,7 @@ Kernel = Literal["pointwise", "spatial", "branch"]
 """The kernels, which each have their own configurations."""
 
 MOST_RATIO = 4
-"""How many times as large or small as its own an entry's batches may be. Beyond that tiles which fill the device for the one are
+"""How many times as large or small as its own an entry's batches may be. Beyond that tiles that fill the device for the one are
 too small or too few for the other, and the rule knows better."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
