@@ -22,15 +22,17 @@ def cache_folder() -> Path:
     """``$GOOGLENET_FUSED_CACHE``, else ``$XDG_CACHE_HOME/googlenet_fused``, else ``~/.cache/googlenet_fused``; not made here.
 
     Raises:
-        OSError: nobody knows the user's home folder.
+        OSError: it is in the user's home folder, and nobody knows that.
     """
     own, xdg = os.environ.get("GOOGLENET_FUSED_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(own or os.path.join(xdg if os.path.isabs(xdg) else "~/.cache", "googlenet_fused"))
     try:
-        if own:
-            return Path(own).expanduser()
-        return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "googlenet_fused"
+        found = folder.expanduser()
+        if folder.parts[:1] == ("~",) and (os.environ.get("HOME") == "" or not found.is_absolute()):
+            raise RuntimeError(f"HOME is {os.environ.get('HOME')!r}, no absolute path.")
     except RuntimeError as error:
         raise OSError(f"there is no folder for the cache: {error} Set GOOGLENET_FUSED_CACHE to one") from error
+    return found
 
 
 def read_json(path: Path) -> Any:

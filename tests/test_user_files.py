@@ -64,13 +64,27 @@ def test_asking_for_the_folder_does_not_make_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
+    def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     set_environment(monkeypatch)
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(OSError, match=r"no folder for the cache: .* Set GOOGLENET_FUSED_CACHE to one"):
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(OSError, match=r"no folder for the cache: Could .* Set GOOGLENET_FUSED_CACHE to one"):
         cache_folder()
+
+
+@posix
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_a_home_that_is_no_absolute_path(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache would lie in the root, or in whatever folder the process is in."""
+    for environment in ({}, {"XDG_CACHE_HOME": "relative"}, {"GOOGLENET_FUSED_CACHE": "~/own"}, {"GOOGLENET_FUSED_CACHE": "~"}):
+        set_environment(monkeypatch, HOME=home, **environment)
+        with pytest.raises(OSError, match=f"no folder for the cache: HOME is '{home}', no absolute path"):
+            cache_folder()
+    set_environment(monkeypatch, HOME=home, XDG_CACHE_HOME="/var/xdg")
+    assert cache_folder() == Path("/var/xdg/googlenet_fused")
+    set_environment(monkeypatch, HOME=home, GOOGLENET_FUSED_CACHE="/own")
+    assert cache_folder() == Path("/own")
 
 
 # Reading.
