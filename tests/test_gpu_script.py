@@ -421,6 +421,30 @@ def test_a_record_that_takes_too_long_is_left_out(stage: Stage) -> None:
     assert not (stage.out / "verified.json").exists()
 
 
+@pytest.mark.parametrize("stages", ["tests,sanitizer", "sanitizer,tests"])
+@pytest.mark.parametrize("verdict", ['echo "========= RACECHECK SUMMARY: 3 hazards displayed"; exit 86', "exit 1"])
+def test_what_the_sanitizer_fails_is_not_recorded(stage: Stage, stages: str, verdict: str) -> None:
+    stage.gpu_machine()
+    stage.own_kernels()
+    stage.command("compute-sanitizer", f'case "$*" in *"tool racecheck"*"gpu and"*) {verdict} ;; esac')
+    stage.run("--stages", stages, status=1)
+    assert not (stage.out / "verified.json").exists()
+    notes = {"tests,sanitizer": "the tests are not recorded as verified", "sanitizer,tests": "the sanitizer failed"}
+    (line,) = [outcome for outcome in stage.outcomes().values() if notes[stages] in outcome]
+    assert line.count("recorded") == 1
+    assert stage.outcomes()["tests"].startswith("ok")
+
+
+@pytest.mark.parametrize("verdict", ["e2_*) exit 86", "*) echo Device not supported; exit 255"])
+def test_what_the_sanitizer_does_not_fail_the_tests_for_stays_recorded(stage: Stage, verdict: str) -> None:
+    """A probe's own faults, or a device that the sanitizer refuses."""
+    stage.gpu_machine()
+    stage.own_kernels()
+    stage.command("compute-sanitizer", f'case "$*" in *{verdict} ;; esac')
+    stage.run("--stages", "tests,sanitizer", status=int("e2" in verdict))
+    assert (stage.out / "verified.json").exists()
+
+
 @pytest.mark.parametrize("status", [1, 5])
 def test_nothing_is_recorded_of_tests_that_did_not_pass(stage: Stage, status: int) -> None:
     stage.gpu_machine()
