@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from googlenet_fused.bench.case import CLASSES, DTYPES, Case, numerics
+from googlenet_fused.bench import DTYPES, Case, numerics
+from googlenet_fused.bench.case import CLASSES
 from googlenet_fused.bench.meters import last_cache_bytes
 from googlenet_fused.bench.timing import Summary
 from googlenet_fused.models.googlenet import STEM_WIDTH, VARIANTS, Variant, VariantName

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from googlenet_fused.bench.case import DTYPES, NETWORKS, Case, Mode, Workload, build_workload, numerics
+from googlenet_fused.backends.triton.plans import DTYPES
+from googlenet_fused.bench.case import NETWORKS, Case, Mode, Workload, build_workload, numerics
 from googlenet_fused.bench.measure import Row, Status, measure
 from googlenet_fused.bench.meters import METRICS, DeviceBroken, first_line, headline, meter_for
 from googlenet_fused.bench.provider import (

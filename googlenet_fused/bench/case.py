@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from googlenet_fused.backends.triton.plans import DTYPES
 from googlenet_fused.blocks import Inception
 from googlenet_fused.models import VariantName, googlenet
 from googlenet_fused.randomize import randomize_
@@ -18,9 +19,6 @@ from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
 Mode = Literal["inference", "training"]
 
 T = TypeVar("T")
-
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names that cases use. ``tf32`` is fp32 tensors whose products may run on TF32 tensor cores."""
 
 NETWORKS: tuple[VariantName, ...] = get_args(VariantName)
 CLASSES = 1000
@@ -33,7 +31,8 @@ class Case:
     Attributes:
         subject: a variant of the whole network (without auxiliary heads, 1000 classes), or one of the nine modules by its name
             in `GOOGLENET_SPECS`: the paper's form, 5x5 in the third branch and convolutions with bias.
-        dtype: a name of `DTYPES`. Training in a half precision is autocast over fp32 parameters.
+        dtype: a name of `DTYPES`; ``tf32`` is fp32 tensors whose products may run on TF32 tensor cores. Training in a half
+            precision is autocast over fp32 parameters.
         mode: inference, or one training step: forward, cross entropy, backward, SGD with momentum. Whole networks only.
         side: height and width of the network's input. A module's input has the side it has in a network of 224x224.
 

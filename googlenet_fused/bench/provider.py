@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from googlenet_fused.backends.registry import BackendError
-from googlenet_fused.bench.case import DTYPES, Workload
+from googlenet_fused.backends.triton.plans import DTYPES
+from googlenet_fused.bench.case import Workload
 from googlenet_fused.convert import FusionMismatch, fuse
 
 BASELINE = "eager"

@@ -40,12 +40,8 @@ INTERPRETER: Literal["interpreter"] = "interpreter"
 """The arch of a CPU on which kernels are interpreted."""
 
 ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
-DTYPES: dict[Arithmetic, torch.dtype] = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of the tensors, by arithmetic, in the order in which reports name them."""
 
 SHARED_MEMORY = {
     **{"sm_80": 163, "sm_86": 99, "sm_89": 99},
