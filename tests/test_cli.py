@@ -137,6 +137,7 @@ def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "description": facts["backends"]["reference"]["description"],
         "needs_verification": False,
         "verified_on": [],
+        "here": {},
     }
     assert facts["backends"]["triton"]["needs_verification"]
     assert facts["versions"]["torch"]

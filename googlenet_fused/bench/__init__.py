@@ -15,7 +15,7 @@ import torch
 from googlenet_fused.backends.triton.plans import DTYPES
 from googlenet_fused.bench.case import NETWORKS, Case, Mode, Workload, build_workload, numerics
 from googlenet_fused.bench.measure import Row, Status, measure
-from googlenet_fused.bench.meters import METRICS, DeviceBroken, first_line, headline, meter_for
+from googlenet_fused.bench.meters import METRICS, DeviceBroken, headline, meter_for
 from googlenet_fused.bench.provider import (
     BASELINE,
     OURS,
@@ -33,6 +33,7 @@ from googlenet_fused.bench.provider import (
 from googlenet_fused.bench.show import latency_panels, print_results, progress_bar, progress_display
 from googlenet_fused.bench.timing import Schedule, Timing, interleaved, take_turns, wall_clock
 from googlenet_fused.info import machine_description, usable_cpus
+from googlenet_fused.messages import first_line
 
 __all__ = [
     "BASELINE",

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from googlenet_fused.backends.triton.plans import DTYPES
 from googlenet_fused.bench.case import Workload, numerics
-from googlenet_fused.bench.meters import Meter, failure, first_line
+from googlenet_fused.bench.meters import Meter, failure
 from googlenet_fused.bench.provider import Bind, Provider, Run, TrainingStep, Unavailable, WrongResult, channels_last
+from googlenet_fused.messages import first_line
 from googlenet_fused.tolerance import PEER_FACTOR, Comparison, References, compare, references
 
 Gradients = Mapping[str, Tensor]

@@ -12,9 +12,10 @@ import torch
 
 from googlenet_fused.bench.case import Case, Workload, numerics
 from googlenet_fused.bench.gate import judge_all
-from googlenet_fused.bench.meters import METRICS, Meter, failure, first_line, headline, meter_for
+from googlenet_fused.bench.meters import METRICS, Meter, failure, headline, meter_for
 from googlenet_fused.bench.provider import BASELINE, Bind, Provider, Unavailable, WrongResult
 from googlenet_fused.bench.timing import Schedule, Timing, Turn, take_turns
+from googlenet_fused.messages import first_line
 
 Status = Literal["ok", "wrong", "failed", "unavailable"]
 """Timed; off the true result; ended in an error; cannot run here."""

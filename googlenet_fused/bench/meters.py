@@ -24,6 +24,7 @@ from torch import Tensor
 from googlenet_fused.bench.memory import CpuMemory, CudaMemory
 from googlenet_fused.bench.provider import Bind, Run, TrainingStep
 from googlenet_fused.bench.timing import Call, Schedule, Turn, wall_clock, wall_turn
+from googlenet_fused.messages import first_line
 
 METRICS = ("graph", "graph_cold", "wall", "wall_cold", "host")
 
@@ -268,11 +269,6 @@ def meter_for(device: torch.device) -> Meter:
     if device.type == "cuda":
         return CudaMeter()
     raise ValueError(f"device must be a CPU or a CUDA device, got {str(device)!r}")
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def failure(error: BaseException) -> str:
