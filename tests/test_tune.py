@@ -476,40 +476,56 @@ def test_the_replay_of_a_graph_is_judged_too(module: _Module) -> None:
 # All of it.
 
 
+class MadeUpModule:
+    """In place of a problem's module: nothing is run, and every plan is right."""
+
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        self.problem = problem
+
+    def judged(self, plan: Plan, meter: object) -> tuple[Any, str | None]:
+        return SimpleNamespace(plan=plan, problem=self.problem), None
+
+
+@pytest.fixture
+def ms(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Milliseconds of each form for each image, made up as the modules are."""
+    ms = {"merged": 2.0, "fused": 1.0}
+    monkeypatch.setattr(tuning, "_Module", MadeUpModule)
+    monkeypatch.setattr(CpuMeter, "turn", lambda self, run, calls: lambda: [run.problem.batch * ms[run.plan.form]] * calls)
+    return ms
+
+
 @interpreted
+@pytest.mark.usefixtures("ms")
 @pytest.mark.parametrize(("arithmetic", "other"), [("tf32", "fp32"), ("fp32", "tf32")])
-def test_tf32_is_as_asked_while_measuring_and_as_before_afterwards(arithmetic: Any, other: str) -> None:
-    seen: list[str] = []
+def test_tf32_is_as_asked_while_measuring_and_as_before_afterwards(
+    arithmetic: Any, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
 
-    class Meter(CpuMeter):
-        def turn(self, run: Any, calls: int, settle: float = 0.0) -> Any:
-            run()
-            seen.append(arithmetic_of(torch.float32))
-            assert not torch.is_grad_enabled()
-            return super().turn(run, calls, settle)
+    class Module(MadeUpModule):
+        def __init__(self, problem: Problem, device: torch.device) -> None:
+            super().__init__(problem, device)
+            self.look()
 
+        def judged(self, plan: Plan, meter: object) -> tuple[Any, str | None]:
+            self.look()
+            return super().judged(plan, meter)
+
+        def look(self) -> None:
+            seen.append((arithmetic_of(torch.float32), torch.is_grad_enabled()))
+
+    monkeypatch.setattr(tuning, "_Module", Module)
     with numerics(other):
-        (entry,) = tune([replace(SMALL, arithmetic=arithmetic)], CPU, seconds_each=0.0, meter=Meter())
+        (entry,) = tune([replace(SMALL, arithmetic=arithmetic)], CPU, seconds_each=0.0)
         assert arithmetic_of(torch.float32) == other
-    assert set(seen) == {arithmetic}
+    assert len(seen) > 2
+    assert set(seen) == {(arithmetic, False)}
     assert entry.arithmetic == arithmetic
 
 
-class SlowFused(CpuMeter):
-    """Takes 1 ms for each turn; makes up times in which the fused form takes half of the merged one's."""
-
-    taken = 0
-
-    def turn(self, run: Any, calls: int, settle: float = 0.0) -> Any:
-        def turn() -> list[float]:
-            time.sleep(1e-3)
-            self.taken += 1
-            return [1.0 if run.plan.form == "fused" else 2.0]
-
-        return turn
-
-
 @interpreted
+@pytest.mark.usefixtures("ms")
 def test_each_problem_starts_from_the_plan_that_was_in_use_before_all(table: Path) -> None:
     outcomes: list[Outcome] = []
     progress: list[tuple[str, float]] = []
@@ -521,9 +537,9 @@ def test_each_problem_starts_from_the_plan_that_was_in_use_before_all(table: Pat
         plan_table.forget_user_entries()
 
     problems = [SMALL, replace(SMALL, batch=1)]
-    entries = tune(problems, CPU, done=done, progress=lambda *step: progress.append(step), meter=SlowFused())
+    entries = tune(problems, CPU, done=done, progress=lambda *step: progress.append(step))
     assert entries == [outcome.entry for outcome in outcomes] == list(reversed(plan_table.read_table(table)))
-    assert [(outcome.before_ms, outcome.after_ms) for outcome in outcomes] == [(2.0, 1.0)] * 2
+    assert [(outcome.before_ms, outcome.after_ms) for outcome in outcomes] == [(4.0, 2.0), (2.0, 1.0)]
     assert [share for _, share in progress] == sorted(share for _, share in progress)
     for at, problem in enumerate(problems):
         own = [share for what, share in progress if what.startswith(f"{problem}: ")]
@@ -531,11 +547,25 @@ def test_each_problem_starts_from_the_plan_that_was_in_use_before_all(table: Pat
 
 
 @interpreted
+@pytest.mark.usefixtures("ms")
 @pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 8, 8), (0.04, 8, 20)])
 def test_each_plan_is_timed_for_as_long_as_was_asked(
     seconds: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meter = SlowFused()
+    class Slow(CpuMeter):
+        """Takes 1 ms for each turn."""
+
+        taken = 0
+
+        def turn(self, run: Any, calls: int, settle: float = 0.0) -> Any:
+            def turn() -> list[float]:
+                time.sleep(1e-3)
+                self.taken += 1
+                return [1.0 if run.plan.form == "fused" else 2.0]
+
+            return turn
+
+    meter = Slow()
     monkeypatch.setitem(tuning.SCHEDULES, "cpu", Schedule(rounds=1000, calls=1))
     tune([SMALL], CPU, seconds_each=seconds, meter=meter)
     assert 4 * least <= meter.taken <= 4 * most
@@ -548,14 +578,14 @@ def test_what_cannot_run_is_refused_before_anything_is_tried() -> None:
 
 
 @interpreted
+@pytest.mark.usefixtures("ms")
 def test_a_problem_that_is_too_large_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def references(plain: Any, x: Tensor) -> Any:
-        if len(x) == 64:
+    def module(problem: Problem, device: torch.device) -> MadeUpModule:
+        if problem.batch == 64:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        return of_tolerance(plain, x)
+        return MadeUpModule(problem, device)
 
-    of_tolerance = tuning.references
-    monkeypatch.setattr(tuning, "references", references)
+    monkeypatch.setattr(tuning, "_Module", module)
     outcomes: list[Outcome] = []
     entries = tune([replace(SMALL, batch=64), SMALL], CPU, done=outcomes.append)
     assert [outcome.entry for outcome in outcomes] == [None, *entries]
@@ -575,56 +605,52 @@ COMMAND = ["tune", "--modules", "5a", "--large-kernel", "5", "--dtype", "fp32", 
 
 @interpreted
 @pytest.mark.usefixtures("small_5a")
-def test_the_command(table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are made up, so that the fused form is the faster one."""
-    faster = {"merged": 2.0, "fused": 1.0}
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            CpuMeter,
-            "turn",
-            lambda _, candidate, calls: lambda: [candidate.out.shape[0] * faster[candidate.plan.form]],
-        )
-        assert main([*COMMAND, "--batch", "1", "2", "1"]) == 0
-        captured = capsys.readouterr()
-        said = "the kernels are interpreted on the CPU (TRITON_INTERPRET=1): these times mean nothing"
-        assert captured.err == f"googlenet-fused: warning: {said}\n"
-        plan = "fused; pointwise 128x128x64 4w 1s; spatial 128x128x64 4w 1s"
-        assert captured.out.splitlines() == [
-            "problem                before ms  after ms   gain  plan",
-            f"5a 4x4, batch 1, fp32          2         1  2.00x  {plan}",
-            f"5a 4x4, batch 2, fp32          4         2  2.00x  {plan}",
-            f"wrote {table}",
-        ]
-        entries = plan_table.read_table(table)
-        assert [(entry.batch, entry.plan.form, entry.arch, entry.gpu) for entry in entries] == [
-            (1, "fused", INTERPRETER, None),
-            (2, "fused", INTERPRETER, None),
-        ]
-        assert {entry.triton for entry in entries} == {triton.__version__}
-        assert plan_for(Request(INTERPRETER, 1, "fp32", TINY, 1, 4, 4)).form == "fused", "it is used from now on"
+def test_the_command(table: Path, capsys: pytest.CaptureFixture[str], ms: dict[str, float]) -> None:
+    assert main([*COMMAND, "--batch", "1", "2", "1"]) == 0
+    captured = capsys.readouterr()
+    said = "the kernels are interpreted on the CPU (TRITON_INTERPRET=1): these times mean nothing"
+    assert captured.err == f"googlenet-fused: warning: {said}\n"
+    plan = "fused; pointwise 128x128x64 4w 1s; spatial 128x128x64 4w 1s"
+    assert captured.out.splitlines() == [
+        "problem                before ms  after ms   gain  plan",
+        f"5a 4x4, batch 1, fp32          2         1  2.00x  {plan}",
+        f"5a 4x4, batch 2, fp32          4         2  2.00x  {plan}",
+        f"wrote {table}",
+    ]
+    entries = plan_table.read_table(table)
+    assert [(entry.batch, entry.plan.form, entry.arch, entry.gpu) for entry in entries] == [
+        (1, "fused", INTERPRETER, None),
+        (2, "fused", INTERPRETER, None),
+    ]
+    assert {entry.triton for entry in entries} == {triton.__version__}
+    assert plan_for(Request(INTERPRETER, 1, "fp32", TINY, 1, 4, 4)).form == "fused", "it is used from now on"
 
-        faster = {"merged": 1.0, "fused": 2.0}
-        assert main([*COMMAND, "--batch", "2", "--json"]) == 0
-        document = json.loads(capsys.readouterr().out)
-        assert document["table"] == str(table)
-        (outcome,) = document["outcomes"]
-        assert (outcome["before_ms"], outcome["after_ms"], outcome["gain"]) == (4.0, 2.0, 2.0), "before: by the user's table"
-        assert outcome["problem"] == "5a 4x4, batch 2, fp32"
-        assert (outcome["skipped"], outcome["wrong"], outcome["reason"]) == (0, [], None)
-        kept = plan_table.read_table(table)
-        assert [(entry.batch, entry.plan.form) for entry in kept] == [(1, "fused"), (2, "merged")]
-        assert outcome["entry"] == kept[1].to_json()
+    ms.update(merged=1.0, fused=2.0)
+    assert main([*COMMAND, "--batch", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["table"] == str(table)
+    (outcome,) = document["outcomes"]
+    assert (outcome["before_ms"], outcome["after_ms"], outcome["gain"]) == (4.0, 2.0, 2.0), "before: by the user's table"
+    assert outcome["problem"] == "5a 4x4, batch 2, fp32"
+    assert (outcome["skipped"], outcome["wrong"], outcome["reason"]) == (0, [], None)
+    kept = plan_table.read_table(table)
+    assert [(entry.batch, entry.plan.form) for entry in kept] == [(1, "fused"), (2, "merged")]
+    assert outcome["entry"] == kept[1].to_json()
 
+
+@interpreted
+@pytest.mark.usefixtures("small_5a")
+def test_the_command_with_real_kernels_and_another_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = table.parent / "other.json"
     assert main([*COMMAND, "--batch", "3", "--output", str(other), "--large-kernel", "3"]) == 0
     assert capsys.readouterr().out.endswith(f"wrote {other}\n")
-    assert plan_table.read_table(table) == kept
+    assert not table.exists()
     (entry,) = plan_table.read_table(other)
     assert (entry.batch, entry.spec) == (3, replace(TINY, large_kernel=3))
 
 
 @interpreted
-@pytest.mark.usefixtures("small_5a")
+@pytest.mark.usefixtures("small_5a", "ms")
 def test_every_problem_is_kept_when_it_is_done(
     table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -648,13 +674,13 @@ def test_every_problem_is_kept_when_it_is_done(
 
 
 @interpreted
-@pytest.mark.usefixtures("small_5a")
+@pytest.mark.usefixtures("small_5a", "ms")
 def test_a_wrong_plan_ends_in_failure_and_the_right_ones_are_kept(
     table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = _Module.judged
+    right = MadeUpModule.judged
     monkeypatch.setattr(
-        _Module,
+        MadeUpModule,
         "judged",
         lambda self, plan, meter: (right(self, plan, meter)[0], "disagrees" if plan.form == "fused" else None),
     )
@@ -668,17 +694,17 @@ def test_a_wrong_plan_ends_in_failure_and_the_right_ones_are_kept(
 
 
 @interpreted
-@pytest.mark.usefixtures("small_5a")
+@pytest.mark.usefixtures("small_5a", "ms")
 def test_skipped_plans_and_a_problem_without_a_plan(
     table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judged(self: _Module, plan: Plan, meter: Any) -> Any:
-        if self.judged_by[0][0].shape[0] == 2 or plan.form == "fused":
+    def judged(self: MadeUpModule, plan: Plan, meter: object) -> Any:
+        if self.problem.batch == 2 or plan.form == "fused":
             raise triton.OutOfResources(3, 2, "shared memory")
         return right(self, plan, meter)
 
-    right = _Module.judged
-    monkeypatch.setattr(_Module, "judged", judged)
+    right = MadeUpModule.judged
+    monkeypatch.setattr(MadeUpModule, "judged", judged)
     assert main([*COMMAND, "--batch", "1", "2"]) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines()[2].endswith("  –  none: no plan runs here and gives right results")
@@ -689,7 +715,7 @@ def test_skipped_plans_and_a_problem_without_a_plan(
 
 
 @interpreted
-@pytest.mark.usefixtures("small_5a")
+@pytest.mark.usefixtures("small_5a", "ms")
 def test_a_broken_device_ends_in_failure_and_what_was_found_is_kept(
     table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
