@@ -24,7 +24,7 @@ from googlenet_fused import cli
 from googlenet_fused import tune as tuning
 from googlenet_fused.backends import registry
 from googlenet_fused.backends.triton import plan_table, plans
-from googlenet_fused.backends.triton.backend import arithmetic_of, interpreting
+from googlenet_fused.backends.triton.backend import interpreting
 from googlenet_fused.backends.triton.plans import (
     FORMS,
     INTERPRETER,
@@ -502,6 +502,10 @@ def test_tf32_is_as_asked_while_measuring_and_as_before_afterwards(
     arithmetic: Any, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, bool]] = []
+    precisions = {"tf32": "tf32", "fp32": "ieee"}
+
+    def precision() -> str:
+        return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
 
     class Module(MadeUpModule):
         def __init__(self, problem: Problem, device: torch.device) -> None:
@@ -513,14 +517,14 @@ def test_tf32_is_as_asked_while_measuring_and_as_before_afterwards(
             return super().judged(plan, meter)
 
         def look(self) -> None:
-            seen.append((arithmetic_of(torch.float32), torch.is_grad_enabled()))
+            seen.append((precision(), torch.is_grad_enabled()))
 
     monkeypatch.setattr(tuning, "_Module", Module)
     with numerics(other):
         (entry,) = tune([replace(SMALL, arithmetic=arithmetic)], CPU, seconds_each=0.0)
-        assert arithmetic_of(torch.float32) == other
+        assert precision() == precisions[other]
     assert len(seen) > 2
-    assert set(seen) == {(arithmetic, False)}
+    assert set(seen) == {(precisions[arithmetic], False)}
     assert entry.arithmetic == arithmetic
 
 
