@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from googlenet_fused import kept_weights, ops
-from googlenet_fused.backends import registry, trust
+from googlenet_fused.arithmetic import arithmetic
+from googlenet_fused.backends import registry
 from googlenet_fused.packing import ConvParams
 from googlenet_fused.parameter_cache import lend
 
@@ -46,7 +47,7 @@ class DirectCall(NamedTuple):
 
 
 def _arithmetic(x: Tensor) -> str | None:
-    return trust.arithmetic(x.dtype) if x.dtype == torch.float32 and x.is_cuda else None
+    return arithmetic(x.dtype) if x.dtype == torch.float32 and x.is_cuda else None
 
 
 # Not documented interfaces, all of them.

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "googlenet_fused"
 
 LAYERS = (
-    ("spec", "user_files", "messages"),
+    ("spec", "arithmetic", "user_files", "messages"),
     ("blocks",),
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),

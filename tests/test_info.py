@@ -180,6 +180,29 @@ def test_triton_on_a_gpu_machine_wants_a_compiler_and_headers(monkeypatch: pytes
     assert not any("gcc" in text for text in info.warnings({"triton": PackageState(None)}))
 
 
+@pytest.mark.parametrize(
+    ("cc", "there", "said"),
+    [
+        (None, {"gcc"}, None),
+        (None, {"clang"}, None),
+        (None, {"cc"}, "neither gcc nor clang is on PATH"),
+        ("/opt/cc", {"/opt/cc"}, None),
+        ("/opt/cc", {"gcc"}, "the C compiler that CC names, and '/opt/cc' is none: unset CC"),
+        ("", {"gcc"}, "the C compiler that CC names, and '' is none"),
+    ],
+)
+def test_the_compiler_that_triton_takes(
+    cc: str | None, there: set[str], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """$CC whatever it is, else gcc or clang, and never cc."""
+    monkeypatch.delenv("CC", raising=False)
+    if cc is not None:
+        monkeypatch.setenv("CC", cc)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    found = [text for text in backend.missing_tools() if "C compiler" in text]
+    assert (found == []) if said is None else (len(found) == 1 and said in found[0])
+
+
 def test_the_report_does_without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torchvision", "matplotlib", "rich", "PIL", "skimage"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -45,7 +45,7 @@ from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec
 
 SPEC = GOOGLENET_SPECS["4a"]
 SMALL = Config(32, 32, 64, 4, 4)
-PLAN = Plan("fused", SMALL, Config(64, 64, 64, 4, 3), pointwise_tma=True)
+PLAN = Plan("fused", SMALL, Config(64, 64, 64, 4, 3))
 ENTRY = Entry("sm_80", "fp16", SPEC, 8, 14, 15, PLAN, "NVIDIA A100-SXM4-40GB", "3.8.0")
 REQUEST = Request("sm_80", 108, "fp16", SPEC, 8, 14, 15)
 
@@ -92,16 +92,16 @@ def plan(rows: int) -> Plan:
 )
 def test_tiles_must_fit_in_shared_memory(arch: str, stages: int) -> None:
     config = Config(128, 128, 64, 8, stages)
-    assert misfit(config, "fp16", arch) is None
-    more = misfit(replace(config, stages=stages + 1), "bf16", arch)
+    assert misfit(config, "fp16", arch, "branch") is None
+    more = misfit(replace(config, stages=stages + 1), "bf16", arch, "pointwise")
     assert more is not None
     assert f"128x128x64 8w {stages + 1}s needs {32 * (stages + 1)} KiB of shared memory, of which a block on {arch}" in more
-    assert misfit(replace(config, depth=32, stages=stages), "tf32", arch) is None
-    assert misfit(replace(config, depth=32, stages=stages + 1), "fp32", arch) is not None
+    assert misfit(replace(config, depth=32, stages=stages), "tf32", arch, "pointwise") is None
+    assert misfit(replace(config, depth=32, stages=stages + 1), "fp32", arch, "branch") is not None
 
 
 def test_the_interpreter_has_no_shared_memory() -> None:
-    assert misfit(Config(256, 256, 256, 4, 8), "fp32", INTERPRETER) is None
+    assert misfit(Config(256, 256, 256, 4, 8), "fp32", INTERPRETER, "spatial") is None
 
 
 # The rule.
@@ -114,8 +114,8 @@ def test_the_rule_chooses_what_fits(arch: str, arithmetic: Arithmetic) -> None:
         for batch in (1, 8, 128):
             side = GOOGLENET_SIDES[name]
             chosen = rule(Request(arch, 20, arithmetic, spec, batch, side, side))
-            assert misfit(chosen.pointwise, arithmetic, arch) is None
-            assert misfit(chosen.spatial, arithmetic, arch) is None
+            assert misfit(chosen.pointwise, arithmetic, arch, "pointwise") is None
+            assert misfit(chosen.spatial, arithmetic, arch, "spatial") is None
 
 
 @pytest.mark.usefixtures("fine_to_coarse")
@@ -213,9 +213,9 @@ def test_an_entry_through_json() -> None:
 
 
 def test_a_plan_in_words() -> None:
-    assert str(PLAN) == "fused; pointwise 32x32x64 4w 4s, tma; spatial 64x64x64 4w 3s"
-    tma = replace(PLAN, pointwise_tma=False, spatial_tma=True, pdl=True, form="merged")
-    assert str(tma) == "merged; pointwise 32x32x64 4w 4s; spatial 64x64x64 4w 3s, tma; pdl"
+    pointwise, spatial = replace(PLAN, pointwise_tma=True), replace(PLAN, form="merged", spatial_tma=True, pdl=True)
+    assert str(pointwise) == "fused; pointwise 32x32x64 4w 4s, tma; spatial 64x64x64 4w 3s"
+    assert str(spatial) == "merged; pointwise 32x32x64 4w 4s; spatial 64x64x64 4w 3s, tma; pdl"
 
 
 WIDTHS = [480, 192, 96, 208, 16, 48, 64, 5]
@@ -240,6 +240,8 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "pdl": ({"plan.pdl": 1}, "plan: pdl must be true or false, got 1"),
     "pointwise_tma": ({"plan.pointwise_tma": None}, "plan: pointwise_tma must be true or false"),
     "spatial_tma": ({"plan.spatial_tma": "no"}, "plan: spatial_tma must be true or false"),
+    "pdl too early": ({"plan.pdl": True}, "plan: pdl must be false on sm_80: it needs sm_90 or later"),
+    "descriptors too early": ({"plan.spatial_tma": True}, "plan: spatial_tma must be false on sm_80"),
     "pointwise": ({"plan.pointwise": [64, 64, 64, 4]}, "plan: pointwise must be five integers, rows, .*, stages, got"),
     "spatial": ({"plan.spatial": "64"}, "plan: spatial must be five integers"),
     "a text": ({"plan.spatial": [64, 64, 64, 4, "3"]}, "plan: spatial must be five integers"),

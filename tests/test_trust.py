@@ -23,6 +23,7 @@ from cases import TINY, message_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from googlenet_fused.arithmetic import arithmetic
 from googlenet_fused.backends import registry, trust
 from googlenet_fused.backends.cpu import CpuBackend
 from googlenet_fused.backends.reference import ReferenceBackend
@@ -490,14 +491,14 @@ def flags() -> Iterator[None]:
 
 def test_arithmetic_follows_torchs_flags(flags: None) -> None:
     """The old one and the new ones, which hold for all that lies below them."""
-    assert trust.arithmetic(torch.float32) == "tf32"
-    assert trust.arithmetic(torch.float16) == "float16"
+    assert arithmetic(torch.float32) == "tf32"
+    assert arithmetic(torch.float16) == "float16"
     torch.backends.cudnn.allow_tf32 = False
-    assert trust.arithmetic(torch.float32) == "float32"
+    assert arithmetic(torch.float32) == "float32"
     for level in (torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv):
         for precision, expected in (("tf32", "tf32"), ("ieee", "float32")):
             level.fp32_precision = precision
-            assert trust.arithmetic(torch.float32) == expected
+            assert arithmetic(torch.float32) == expected
 
 
 # Records.

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from googlenet_fused.arithmetic import arithmetic
 from googlenet_fused.backends import registry
 from googlenet_fused.backends.registry import Backend, Hindrance, Problem, VerifiedOn
 from googlenet_fused.blocks import BasicConv2d, Inception
@@ -49,7 +50,7 @@ KEPT = 200
 ARITHMETICS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 """What verdicts are on, and the dtype of its tensors: kernels for TF32 are others than those for fp32."""
 
-_COMMON = ("packing.py", "spec.py", "tolerance.py", "backends/registry.py", "backends/trust.py")
+_COMMON = ("arithmetic.py", "packing.py", "spec.py", "tolerance.py", "backends/registry.py", "backends/trust.py")
 """Sources in the package that a verdict on any backend depends on: what one is handed, what is asked of it, and who judges."""
 
 
@@ -136,12 +137,6 @@ def architecture(properties: Any) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
-
-
-def arithmetic(dtype: torch.dtype) -> str:
-    """The dtype's name; ``tf32`` for fp32 while torch's flags allow convolutions that on a GPU, as other kernels run then."""
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
 
 
 def nvidia_driver_version() -> str | None:

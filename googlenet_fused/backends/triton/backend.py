@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from googlenet_fused.arithmetic import arithmetic
 from googlenet_fused.backends import trust
 from googlenet_fused.backends.registry import Backend, Problem
 from googlenet_fused.backends.triton.plans import (
@@ -37,6 +38,7 @@ from googlenet_fused.packing import PackedInception
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
+HIP_WITH_TF32 = ("gfx942",)
 INTERPRETER_PROCESSORS = 1
 """Of the device that the interpreter plays: the largest tiles fill it, and persistent grids go round more than once."""
 
@@ -60,7 +62,8 @@ class TritonBackend(Backend):
     def ways(self, problem: Problem) -> Mapping[str, AbstractContextManager[None]]:
         if problem.spec is None:
             return {}
-        request = Request(*device_facts(problem.device), arithmetic_of(problem.dtype), problem.spec, 1, 1, 1)
+        arch, multiprocessors = device_facts(problem.device)
+        request = Request(arch, multiprocessors, arithmetic_of(problem.dtype, arch), problem.spec, 1, 1, 1)
         return {str(plan): use_plan(plan) for plan in shipped_plans(request)}
 
     def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -73,20 +76,21 @@ class TritonBackend(Backend):
 
         spec, (n, _, h, w), device = packed.spec, x.shape, x.device
         arch, multiprocessors = device_facts(device)
-        arithmetic = arithmetic_of(x.dtype)
-        plan = plan_for(Request(arch, multiprocessors, arithmetic, spec, n, h, w))
+        products = arithmetic_of(x.dtype, arch)
+        plan = plan_for(Request(arch, multiprocessors, products, spec, n, h, w))
         # Triton launches on the current device, whatever the tensors'.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            for launch in launches(x, spec, Weights(*prepared), out, plan, arithmetic, multiprocessors):
+            for launch in launches(x, spec, Weights(*prepared), out, plan, products, multiprocessors):
                 launch.run()
 
 
 _ARITHMETICS: dict[str, Arithmetic] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "tf32"}
 
 
-def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
-    """How the kernels multiply tensors of this dtype: fp32 as torch's flag for convolutions says."""
-    return _ARITHMETICS[trust.arithmetic(dtype)]
+def arithmetic_of(dtype: torch.dtype, arch: str) -> Arithmetic:
+    """How the kernels multiply tensors of this dtype: fp32 as torch's flag for convolutions allows and the arch can."""
+    found = _ARITHMETICS[arithmetic(dtype)]
+    return "fp32" if found == "tf32" and arch.startswith("gfx") and arch not in HIP_WITH_TF32 else found
 
 
 def shipped_plans(request: Request) -> list[Plan]:
@@ -149,8 +153,10 @@ def _refuse_gpu(device: torch.device) -> str | None:
 def missing_tools() -> list[str]:
     """What Triton builds its launchers with at run time and this machine lacks, each with its remedy."""
     found = []
-    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", ""), "cc", "gcc", "clang") if compiler):
-        found.append("Triton builds its launcher with a C compiler and none is on PATH: install gcc")
+    if (named := os.environ.get("CC")) is not None and shutil.which(named) is None:
+        found.append(f"Triton builds its launcher with the C compiler that CC names, and {named!r} is none: unset CC")
+    elif named is None and not any(map(shutil.which, ("gcc", "clang"))):
+        found.append("Triton builds its launcher with a C compiler and neither gcc nor clang is on PATH: install gcc")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         found.append("Triton builds its launcher with Python.h, which is missing: install the Python development headers")
     return found

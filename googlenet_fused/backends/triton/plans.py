@@ -96,7 +96,7 @@ class Plan:
             raise ValueError(f"a plan has the fields {', '.join(names)}, got {data!r}")
         if data["form"] not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {data['form']!r}")
-        for name in names[3:]:
+        for name in HOPPERS:
             if not isinstance(data[name], bool):
                 raise ValueError(f"{name} must be true or false, got {data[name]!r}")
         return cls(**{**data, **{kernel: _config(data[kernel], kernel) for kernel in ("pointwise", "spatial")}})
@@ -123,7 +123,7 @@ def _config(values: Any, kernel: str) -> Config:
     return Config(*values)
 
 
-def misfit(config: Config, arithmetic: Arithmetic, arch: str, kernel: Kernel = "pointwise") -> str | None:
+def misfit(config: Config, arithmetic: Arithmetic, arch: str, kernel: Kernel) -> str | None:
     """Why a kernel of this configuration would not run on this arch, or None: tiles in flight must fit in shared memory.
 
     Those of the spatial kernel's two convolutions lie beside one another, as ``make audit`` shows, though one runs at a time.
@@ -147,6 +147,10 @@ class Request:
     batch: int
     height: int
     width: int
+
+
+HOPPERS = ("pointwise_tma", "spatial_tma", "pdl")
+"""The fields of a plan that need Hopper or later."""
 
 
 def hopper_or_later(arch: str) -> bool:
@@ -260,6 +264,8 @@ class Entry:
             plan = Plan.from_json(data["plan"])
         except ValueError as error:
             raise ValueError(f"plan: {error}") from error
+        if not hopper_or_later(data["arch"]) and (asked := [name for name in HOPPERS if getattr(plan, name)]):
+            raise ValueError(f"plan: {asked[0]} must be false on {data['arch']}: it needs sm_90 or later")
         kernels: dict[str, Kernel] = {"pointwise": "pointwise", "spatial": SPATIAL[plan.form]}
         for name, kernel in kernels.items():
             if (reason := misfit(getattr(plan, name), data["arithmetic"], data["arch"], kernel)) is not None:
