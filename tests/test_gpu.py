@@ -6,7 +6,8 @@ Those marked ``sanitizer`` are small: compute-sanitizer runs them, a hundred tim
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -87,6 +88,30 @@ def on(device: str, spec: InceptionSpec, batch: int, side: int, dtype: torch.dty
     return random_input(spec, batch, side, side, dtype, seed).to(device)
 
 
+def in_every_form(backend: str, device: str, dtype: torch.dtype, spec: InceptionSpec, check: Callable[[], None]) -> None:
+    """``check`` as the backend runs a module by itself, and in one of each kind of ways that it has besides."""
+    check()
+    ways = ways_of(backend, device, dtype, spec)
+    kinds = {name.partition(";")[0]: name for name in ways} if device == "cuda" else {}
+    for name in {*kinds.values(), *list(ways)[-1:]}:  # the last one has all tensor descriptors
+        by(name, ways[name], check)
+
+
+def ways_of(backend: str, device: str, dtype: torch.dtype, spec: InceptionSpec) -> Mapping[str, AbstractContextManager[None]]:
+    if backend == registry.AUTO:
+        return {}
+    return registry.get(backend).ways(registry.Problem(torch.empty(0, device=device).device, dtype, spec))
+
+
+def by(name: str, way: AbstractContextManager[None], check: Callable[[], None]) -> None:
+    try:
+        with way:
+            check()
+    except AssertionError as error:
+        error.add_note(f"by {name}")
+        raise
+
+
 def side_on(device: str, name: str) -> int:
     """Of a module's input: its own on a GPU; a CPU, which is slow at half precision, gets a few pixels."""
     return GOOGLENET_MODULES[name][1] if device == "cuda" and name in GOOGLENET_MODULES else 7
@@ -112,9 +137,27 @@ def assert_modules_agree(device: str, backend: str, dtype: torch.dtype, name: st
     fused, plain = pair(spec, device, dtype, backend)
     x = on(device, spec, 2, side_on(device, name), dtype)
     assert fused(x).device.type == device
-    assert_agrees(fused, plain, x)
-    with torch.inference_mode():
-        assert_same(fused(x), fused(x))  # past the operator
+
+    def check() -> None:
+        assert_agrees(fused, plain, x)
+        with torch.inference_mode():
+            assert_same(fused(x), fused(x))  # past the operator
+
+    in_every_form(backend, device, dtype, spec, check)
+
+
+@grid(*DTYPES, devices=["cuda"], automatic=False)
+def test_every_shipped_configuration(device: str, backend: str, dtype: torch.dtype) -> None:
+    assert_every_configuration_agrees(backend, dtype)
+
+
+def assert_every_configuration_agrees(backend: str, dtype: torch.dtype) -> None:
+    """On images enough for a persistent grid to go round more than once."""
+    spec, side = GOOGLENET_MODULES["4e"]
+    fused, plain = pair(spec, "cuda", dtype, backend)
+    x = on("cuda", spec, 80, side, dtype).contiguous(memory_format=torch.channels_last)
+    for name, way in ways_of(backend, "cuda", dtype, spec).items():
+        by(name, way, lambda: assert_agrees(fused, plain, x))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,8 +173,9 @@ def test_layouts(device: str, backend: str, dtype: torch.dtype, layout: str) -> 
 @grid(torch.float16, automatic=False)
 def test_small_modules_agree(device: str, backend: str, dtype: torch.dtype, spec: InceptionSpec) -> None:
     fused, plain = pair(spec, device, dtype, backend)
+    x = on(device, spec, 2, 7, dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        assert_agrees(fused, plain, on(device, spec, 2, 7, dtype).contiguous(memory_format=torch.channels_last))
+        in_every_form(backend, device, dtype, spec, lambda: assert_agrees(fused, plain, x))
 
 
 @pytest.mark.sanitizer
@@ -141,13 +185,17 @@ def test_every_element_is_written_and_nothing_else(device: str, backend: str, dt
     weights, biases, *_ = inception_arguments(norm=False, bias=True, dtype=dtype)
     convs = [ConvParams(weight.to(device), bias.to(device)) for weight, bias in zip(weights, biases, strict=True)]
     x = on(device, TINY, 2, 7, dtype)
-    buffer = guarded_buffer((2, TINY.out_channels, 7, 7), dtype, channels_last=channels_last)[1].to(device)
-    out = buffer[1:-1, 8:-8, 1:-1, 1:-1]
     chosen, packed = registry.get(backend), pack_inception(convs, dtype)
-    chosen.inception(x, packed, chosen.prepare(packed, x.shape), out)
-    check_guards(out, buffer)
     peer = by_definition(x, convs, lambda x, conv: F.conv2d(x, *conv[:2], padding=conv.weight.shape[2] // 2).relu())
-    check_close(out, [peer], plain_result(x, convs), terms=packed.shared_weight.shape[1])
+
+    def check() -> None:
+        buffer = guarded_buffer((2, TINY.out_channels, 7, 7), dtype, channels_last=channels_last)[1].to(device)
+        out = buffer[1:-1, 8:-8, 1:-1, 1:-1]
+        chosen.inception(x, packed, chosen.prepare(packed, x.shape), out)
+        check_guards(out, buffer)
+        check_close(out, [peer], plain_result(x, convs), terms=packed.shared_weight.shape[1])
+
+    in_every_form(backend, device, dtype, TINY, check)
 
 
 @on_every_device
@@ -225,6 +273,12 @@ def test_modules_agree_in_tf32(backend: str, name: str, monkeypatch: pytest.Monk
     assert_modules_agree("cuda", backend, torch.float32, name)
 
 
+@in_tf32
+def test_every_shipped_configuration_in_tf32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert_every_configuration_agrees(backend, torch.float32)
+
+
 @pytest.mark.gpu
 def test_input_on_another_device_is_refused() -> None:
     fused, _ = pair(TINY, "cuda", torch.float32)
@@ -282,14 +336,18 @@ def test_runs_of_one_input_are_bit_equal(device: str, backend: str, dtype: torch
     spec = GOOGLENET_MODULES["4e"][0] if device == "cuda" else PRIMES
     fused, _ = pair(spec, device, dtype, backend)
     x = on(device, spec, 2, 7, dtype).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
+
+    def check() -> None:
         fused(x)
         first = fused(x)
-        for _ in range(50 if device == "cuda" else 3):
+        for _ in range(200 if device == "cuda" else 2):
             poison = torch.full_like(first, float("nan"))
             del poison
             assert_same(fused(x), first)
-    assert first.isfinite().all()
+        assert first.isfinite().all()
+
+    with torch.inference_mode():
+        in_every_form(backend, device, dtype, spec, check)
 
 
 @grid(torch.float16, devices=["cuda"])
@@ -341,7 +399,8 @@ def replay(graph: torch.cuda.CUDAGraph, static: Tensor, out: Tensor, x: Tensor) 
 @grid(*DTYPES, devices=["cuda"])
 def test_cuda_graph_of_a_module(device: str, backend: str, dtype: torch.dtype) -> None:
     fused, plain = pair(PRIMES, device, dtype, backend)
-    with torch.inference_mode():
+
+    def check() -> None:
         graph, static, out = captured(fused, on(device, PRIMES, 2, 9, dtype))
         results = []
         for seed in (2, 3):
@@ -350,6 +409,9 @@ def test_cuda_graph_of_a_module(device: str, backend: str, dtype: torch.dtype) -
             comparison = judge(lambda x: replay(graph, static, out, x), plain, x)
             assert comparison.ok, comparison
         assert not torch.equal(*results)
+
+    with torch.inference_mode():
+        in_every_form(backend, device, dtype, PRIMES, check)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -81,15 +82,50 @@ def test_matrix_units_are_those_of_the_architecture(version: str) -> None:
     for row in recorded(version)["rows"]:
         if row["dtype"] == "fp32":
             continue
-        assert any(name.startswith(prefixes[row["arch"]]) for name in row["matrix"]), row
+        own = [name.startswith(prefixes[row["arch"]]) for name in row["matrix"]]
+        # A pooled tile may have fewer rows than the units of Hopper and later take.
+        assert any(own) if row["kernel"] == "googlenet_fused_pointwise" else all(own), row
 
 
 @both_versions
 def test_tma_and_dependent_launch_are_there_where_they_were_asked_for(version: str) -> None:
     for row in recorded(version)["rows"]:
-        asked = "TMA" in row["label"]
-        assert bool(row["tma"]) == asked, row
-        assert bool(row["griddepcontrol"]) == asked, row
+        assert bool(row["tma"]) == ("TMA" in row["label"]), row
+        assert bool(row["griddepcontrol"]) == ("PDL" in row["label"]), row
+
+
+def test_offsets_of_pixels_have_64_bits() -> None:
+    """Tiles of 128 pixels and fewer columns tell the two apart."""
+    program = """
+import json
+from dataclasses import replace
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton._C.libtriton import ir
+from googlenet_fused.backends.triton import variants
+from googlenet_fused.backends.triton.plans import Config, Plan
+texts = []
+for form in ("merged", "fused"):
+    plan = Plan(form, Config(128, 32, 32, 8, 2), Config(128, 32, 32, 8, 2))
+    for launch in variants.launches_of("3a", "fp16", plan):
+        variant = variants._variant(launch, "3a", "fp16", plan, "channels_last")
+        source = ASTSource(variant.fn, variant.signature, variant.constexprs, variant.attrs)
+        backend = make_backend(target := GPUTarget("cuda", 80, 32))
+        options, context = backend.parse_options(dict(variant.options)), ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        maps = backend.get_codegen_implementation(options), backend.get_module_map(), context
+        texts.append([variant.kernel, str(source.make_ir(target, options, *maps))])
+print(json.dumps(texts))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=compiling(), capture_output=True, text=True, check=True)
+    offsets = re.compile(r"tt\.addptr .* : tensor<128(?:x1)?x!tt\.ptr<f16>>, tensor<128(?:x1)?x(i\d+)>")
+    kernels = json.loads(run.stdout)
+    assert len(kernels) == 5
+    for kernel, text in kernels:
+        found = offsets.findall(text)
+        assert found, kernel
+        assert set(found) == {"i64"}, kernel
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from cases import (
     ODD_SPECS,
     SENTINEL,
     TINY,
+    assert_agrees,
     assert_same,
     check_guards,
     guarded_buffer,
@@ -27,15 +28,14 @@ from test_backend_special_values import NAN, assert_placed_as_torch_does, torch_
 from torch import Tensor
 
 from googlenet_fused import FusedInception
-from googlenet_fused.backends import registry
-from googlenet_fused.packing import PackedInception, pack_inception
-from googlenet_fused.spec import InceptionSpec
+from googlenet_fused.packing import ConvParams, PackedInception, pack_inception
+from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec
 
 pytest.importorskip("triton")
 
 from googlenet_fused.backends.triton import backend as triton_backend
-from googlenet_fused.backends.triton import kernels, launch
-from googlenet_fused.backends.triton.plans import Config, Plan, use_plan
+from googlenet_fused.backends.triton import launch
+from googlenet_fused.backends.triton.plans import INTERPRETER, Config, Plan, configurations, use_plan
 
 pytestmark = pytest.mark.skipif(not triton_backend.interpreting(), reason="Triton was not told to interpret")
 
@@ -86,18 +86,26 @@ def between_nan(packed: PackedInception) -> PackedInception:
     return PackedInception(*map(moved, packed))
 
 
-def run(x: Tensor, packed: PackedInception, out: Tensor, plan: Plan) -> None:
-    backend = registry.get("triton")
-    with use_plan(plan):
-        backend.inception(x, packed, backend.prepare(packed, x.shape), out)
+def run(x: Tensor, packed: PackedInception, out: Tensor, plan: Plan, processors: int = 1) -> None:
+    """On a device of so many multiprocessors."""
+    arithmetic = triton_backend.arithmetic_of(x.dtype, INTERPRETER)
+    for each in launch.launches(x, packed.spec, launch.Weights.of(packed), out, plan, arithmetic, processors):
+        each.run()
 
 
-def assert_exact(x: Tensor, spec: InceptionSpec, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_exact(
+    x: Tensor,
+    spec: InceptionSpec,
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+    processors: int = 1,
+    convs: Sequence[ConvParams] = (),
+) -> None:
     """Small integers come out as they must, every element of the output is written and nothing else, nothing else is read."""
-    convs = integer_convs(spec, x.dtype)
+    convs = convs or integer_convs(spec, x.dtype)
     out, buffer = guarded_buffer((x.shape[0], spec.out_channels, *x.shape[2:]), x.dtype)
     with guarded_workspaces(monkeypatch):
-        run(x, between_nan(pack_inception(convs, x.dtype)), out, plan)
+        run(x, between_nan(pack_inception(convs, x.dtype)), out, plan, processors)
     check_guards(out, buffer)
     assert_same(out, plain_result(x, convs).to(x.dtype))
 
@@ -112,13 +120,51 @@ def test_exact(name: str, large_kernel: int, size: tuple[int, int, int], plan: P
     assert_exact(x, spec, plan, monkeypatch)
 
 
+TILES = {
+    (1, 17, 17): {1: (1, 9, 1), 3: (1, 9, 1), 132: (1, 9, 3)},
+    (2, 20, 14): {1: (1, 10, 1), 3: (1, 10, 1), 132: (1, 10, 3)},
+    (9, 5, 6): {1: (8, 5, 1), 3: (3, 5, 1), 132: (1, 5, 3)},
+}
+"""By batch, height and width, by multiprocessors: the images, rows and parts of the columns of a branch tile."""
+
+
+@pytest.mark.parametrize(("size", "processors"), [(size, of) for size, tiles in TILES.items() for of in tiles], ids=str)
+def test_exact_in_every_kind_of_branch_tile(
+    size: tuple[int, int, int], processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fewer rows than an image has, of several images, and more of them than programs."""
+    spec, config = replace(TINY, ch3x3=40, ch5x5=33), Config(128, 16, 64, 4, 1)
+    (batch, height, width), tile = size, TILES[size][processors]
+    for kernel in (3, spec.large_kernel):
+        shape = {"batch": batch, "height": height, "width": width, "kernel": kernel}
+        assert launch.branch_tile(**shape, column_tiles=3, multiprocessors=processors)[:3] == tile
+    x = LAYOUTS["channels_last"](integer_input(spec, *size))
+    assert_exact(x, spec, Plan("fused", config, config), monkeypatch, processors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", GOOGLENET_SPECS)
+def test_modules_agree_in_the_fused_form(name: str, dtype: torch.dtype) -> None:
+    """Those of the network, at their sizes; tests/test_parity.py has the merged form."""
+    (config,), side = configurations(INTERPRETER)["branch"], GOOGLENET_SIDES[name]
+    plain = plain_inception(GOOGLENET_SPECS[name], None).to(dtype)
+    x = random_input(GOOGLENET_SPECS[name], 1, side, side, dtype).contiguous(memory_format=torch.channels_last)
+    with use_plan(Plan("fused", config, config)):
+        assert_agrees(FusedInception.from_module(plain, backend="triton"), plain, x)
+
+
 @every_plan
 def test_exact_in_half_precision(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One channel in and small bottlenecks: every value is an integer that float16 holds."""
-    spec = InceptionSpec(1, 3, 2, 5, 1, 4, 3)
-    x = integer_input(spec, 2, 5, 6, torch.float16)
-    assert plain_result(x, integer_convs(spec, torch.float16)).max() < 2048
-    assert_exact(x, spec, plan, monkeypatch)
+    """Few channels with few values: every one is an integer that float16 holds."""
+    spec = InceptionSpec(8, 8, 8, 5, 8, 4, 3)
+    x = LAYOUTS["channels_last"](integer_input(spec, 2, 5, 6, torch.float16).clamp(-1, 1))
+    convs = [ConvParams(conv.weight.sign(), conv.bias) for conv in integer_convs(spec, x.dtype)]
+    assert plain_result(x, convs).max() < 2048
+    if plan.spatial_tma:
+        weights = launch.Weights.of(pack_inception(convs, x.dtype))
+        assert len(descriptors(launch.launches(x, spec, weights, plain_result(x, convs), plan, "fp16", 1))) == 6
+    assert_exact(x, spec, plan, monkeypatch, convs=convs)
 
 
 @every_plan
@@ -226,6 +272,25 @@ def test_no_copy_of_a_channels_last_input() -> None:
             assert each.arguments.get("x", x).data_ptr() == x.data_ptr()
 
 
+def test_no_descriptor_where_pixels_overlap() -> None:
+    plan, spec = PLANS["merged, descriptors"], ALIGNED
+    weights = launch.Weights.of(pack_inception(integer_convs(spec, torch.float16), torch.float16))
+    out = torch.empty(2, spec.out_channels, 7, 7, device="meta")
+    pixel = torch.empty(1, spec.in_channels, 1, 1, device="meta", dtype=torch.float16)
+    x = torch.empty(2, spec.in_channels, 7, 7, device="meta", dtype=torch.float16, memory_format=torch.channels_last)
+    for overlapping in (pixel.expand(2, -1, 7, 7), x.as_strided(x.shape, (49 * 8, 1, 7 * 8, 8))):
+        assert launch.Image.of(overlapping).dense
+        assert "x_desc" not in descriptors(launch.launches(overlapping, spec, weights, out, plan, "fp16", 1))
+    assert "x_desc" in descriptors(launch.launches(x, spec, weights, out, plan, "fp16", 1))
+
+
+@pytest.mark.parametrize(("warps", "registers"), [(4, 255), (8, 255), (16, 128)])
+def test_a_block_asks_for_no_more_registers_than_it_may_have(warps: int, registers: int) -> None:
+    config = replace(SMALL, warps=warps)
+    for each in launched(Plan("merged", config, config)):
+        assert each.options["maxnreg"] == registers
+
+
 def test_a_persistent_grid_is_no_larger_than_the_device() -> None:
     large = (64, 28, 28)
     for plan in (PLANS["merged"], PLANS["fused"]):
@@ -277,9 +342,3 @@ def test_weights_are_views_of_what_is_packed() -> None:
     strided = PackedInception(*(tensor.repeat_interleave(2, 0)[::2].contiguous() for tensor in packed))
     for matrix, expected in zip(launch.Weights.of(strided), weights, strict=True):
         assert_same(matrix, expected)
-
-
-def test_kernels_keep_to_one_file() -> None:
-    assert {name for name in vars(kernels) if name.startswith("googlenet_fused_")} == {
-        *("googlenet_fused_pointwise", "googlenet_fused_spatial", "googlenet_fused_branch")
-    }

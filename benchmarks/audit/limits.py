@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from googlenet_fused.backends.triton.plans import SHARED_MEMORY
+
 KIB = 1024
 
 
@@ -23,11 +25,11 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
-    "sm_80": Limits(163 * KIB, 65536),
-    "sm_86": Limits(99 * KIB, 65536),
-    "sm_89": Limits(99 * KIB, 65536),
-    "sm_90": Limits(227 * KIB, 65536, reserved=KIB),
-    "sm_100": Limits(227 * KIB, 65536, tensor_memory=512, reserved=KIB),
-    "sm_120": Limits(99 * KIB, 65536, reserved=KIB),
-    "gfx942": Limits(64 * KIB, 131072, access=8),
+    "sm_80": Limits(KIB * SHARED_MEMORY["sm_80"], 65536),
+    "sm_86": Limits(KIB * SHARED_MEMORY["sm_86"], 65536),
+    "sm_89": Limits(KIB * SHARED_MEMORY["sm_89"], 65536),
+    "sm_90": Limits(KIB * SHARED_MEMORY["sm_90"], 65536, reserved=KIB),
+    "sm_100": Limits(KIB * SHARED_MEMORY["sm_100"], 65536, tensor_memory=512, reserved=KIB),
+    "sm_120": Limits(KIB * SHARED_MEMORY["sm_120"], 65536, reserved=KIB),
+    "gfx942": Limits(KIB * SHARED_MEMORY["gfx942"], 131072, access=8),
 }

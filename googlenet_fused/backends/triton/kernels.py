@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Another batch or image size runs the code that there is.
+# Not specialised: another batch or image size runs the code that there is, unless it gives strides another divisibility.
 _SIZES = (
     *("batch", "height", "width"),
     *("tiles", "tiles3", "tiles5", "tile_images", "tile_rows", "image_pitch", "splits"),
@@ -77,7 +77,7 @@ def _flat(m, height, width, P: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _weight_tile(weight, columns, k, COLUMNS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
     """[BK, BN] of ``weight [COLUMNS, K]``, transposed; columns past the last repeat it."""
-    pointers = weight + tl.minimum(columns, COLUMNS - 1)[None, :] * K + k[:, None]
+    pointers = weight + _index(tl.minimum(columns, COLUMNS - 1), COLUMNS * K >= 2**31)[None, :] * K + k[:, None]
     if K % BK == 0:
         tile = tl.load(pointers)
     else:
@@ -391,7 +391,7 @@ def googlenet_fused_branch(
     P: tl.constexpr = KERNEL // 2
     pitch = width + P
     row_tiles = tl.cdiv(height, tile_rows)
-    positions = (tile_images * (tile_rows + P) + P) * pitch + P
+    positions = (_index(tile_images, WIDE) * (tile_rows + P) + P) * pitch + P
     column_tiles = tl.cdiv(tl.cdiv(COLUMNS, BN), splits)  # of a split
     mine = scratch + tl.program_id(0).to(tl.int64) * scratch_pitch
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -413,9 +413,10 @@ def googlenet_fused_branch(
                 r = r0 + tl.arange(0, BR)
                 acc = _product(rows, x_c, reduce_weight, r, R, C, BP, BR, BK, WIDE, PRECISION)
                 value = tl.where(inside[:, None], _bias_relu(acc, reduce_bias, r, R), 0.0).to(x.dtype.element_ty)
-                tl.store(mine + (p * R)[:, None] + r[None, :], value, mask=(p < positions)[:, None] & (r < R)[None, :])
+                pointers = mine + (p.to(tl.int64) * R)[:, None] + r[None, :]
+                tl.store(pointers, value, mask=(p < positions)[:, None] & (r < R)[None, :])
         tl.debug_barrier()  # the program's threads read what others of them wrote
-        area = tile_rows * width
+        area = _index(tile_rows, WIDE) * width
         for m0 in range(0, tile_images * area, BM):
             m = m0 + tl.arange(0, BM)
             n = first_image + m // area
@@ -423,7 +424,7 @@ def googlenet_fused_branch(
             column = m % area % width
             valid = (m < tile_images * area) & (y < height) & (n < batch)
             m = tl.minimum(m, tile_images * area - 1)
-            at = mine + ((m // area * image_pitch + m % area // width) * pitch + m % area % width) * R
+            at = mine + ((m // area * image_pitch + m % area // width) * pitch + m % area % width).to(tl.int64) * R
             out_rows = n.to(tl.int64) * out_n + y.to(tl.int64) * out_h + column.to(tl.int64) * out_w
             for column_tile in range(split * column_tiles, tl.minimum((split + 1) * column_tiles, tl.cdiv(COLUMNS, BN))):
                 columns = column_tile * BN + tl.arange(0, BN)

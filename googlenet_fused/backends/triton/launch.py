@@ -22,6 +22,10 @@ RESIDENT = 2
 """Programs that a persistent grid has on each multiprocessor."""
 
 
+REGISTERS = 2**16
+"""That a block may have on NVIDIA GPUs; a thread may have 255 of them."""
+
+
 class Launch(NamedTuple):
     """One kernel launch."""
 
@@ -149,16 +153,20 @@ class _Module:
         return torch.empty(rows, columns, dtype=self.x.tensor.dtype, device=self.x.tensor.device)
 
     def descriptor(self, tensor: Tensor, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> Any:
-        """A tensor descriptor, or None where the tensor permits none: addresses must be of 16 bytes and sizes of 32 bits."""
+        """A tensor descriptor, or None where the tensor permits none: addresses must be of 16 bytes, sizes of 32 bits, and no
+        two indices of one element."""
         aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in strides[:-1])
-        if not aligned or strides[-1] != 1 or max(shape) > INT32_LIMIT:
+        spans = (size * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
+        apart = all(stride >= span for stride, span in zip(strides[:-1], spans, strict=True))
+        if not aligned or not apart or strides[-1] != 1 or max(shape) > INT32_LIMIT:
             return None
         return TensorDescriptor(tensor, list(shape), list(strides), list(box))
 
     def launch(self, kernel: Any, programs: int, config: Config, arguments: dict[str, Any]) -> Launch:
         options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
         if torch.version.hip is None:
-            options["maxnreg"] = 255  # without it ptxas spills a few values to fit more blocks on a multiprocessor
+            # Without it ptxas spills a few values to fit more blocks on a multiprocessor.
+            options["maxnreg"] = min(255, REGISTERS // (32 * config.warps) // 8 * 8)
         if self.plan.pdl:
             options["launch_pdl"] = True
         return Launch(kernel, programs, {**arguments, **self.size, **self.common}, options)
