@@ -16,6 +16,7 @@ from cases import (
     SMALL_SIZES,
     TINY,
     assert_same,
+    backends_and_dtypes,
     both_kernels,
     both_large_kernels,
     can_run,
@@ -156,10 +157,11 @@ def test_every_layout_of_input(backend: str, dtype: torch.dtype, layout: str, la
 
 @every_odd_spec
 @pytest.mark.parametrize("channels_last", [False, True])
-@every_backend_and_dtype
+@backends_and_dtypes(interpreted=False)
 def test_every_output_element_is_written_and_nothing_else(
     backend: str, dtype: torch.dtype, channels_last: bool, spec: InceptionSpec
 ) -> None:
+    """tests/test_triton_kernels.py has the same for the interpreted kernels, in every form."""
     packed = pack_inception(integer_convs(spec, dtype), dtype)
     for batch, height, width in SMALL_SIZES:
         x = integer_input(spec, batch, height, width, dtype)

