@@ -13,6 +13,10 @@ from typing import Any
 LIMIT = 4 * 2**20
 """Bytes that a file may have."""
 
+ELSEWHERE = "name a folder of your own with GOOGLENET_FUSED_CACHE"
+ANOTHER = "name another file"
+"""The remedies that touch nothing: of what is kept in the cache, and of a file that the user named."""
+
 
 class UnsafeFile(OSError):
     """A file or folder that others may have had a hand in, or that is none of ours; the message says why, and the remedy."""
@@ -35,8 +39,13 @@ def cache_folder() -> Path:
     return found
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, remedy: str = "remove it", named: bool = False) -> Any:
     """What the file holds, or None if there is no such file. A symlink is judged by what it leads to.
+
+    Args:
+        remedy: what the message is to say if the content of the file is at fault.
+        named: the user named this very file and does not ask for it to be trusted, as a file in the cache is: it is nobody's
+            business who may write to it, and the remedy is always to name another.
 
     Raises:
         UnsafeFile: the file or its folder belongs to another user than this one or root, or group or others may write to it;
@@ -44,55 +53,87 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON.
         OSError: it cannot be read.
     """
-    target = Path(os.path.realpath(path))
+    target, elsewhere = Path(os.path.realpath(path)), ELSEWHERE
+    if named:
+        remedy = elsewhere = ANOTHER
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise UnsafeFile(f"{path} is not in a folder: {elsewhere}") from error
     if not stat.S_ISREG(mode):
-        raise UnsafeFile(f"{path} is not a regular file: remove it")
-    _refuse_unless_own(target.parent, path)
-    _refuse_unless_own(target, path)
+        raise UnsafeFile(f"{path} is not a regular file: {elsewhere}")
+    if not named:
+        _refuse_unless_own(target.parent, path)
+        _refuse_unless_own(target, path)
     with open(target, "rb") as file:
         content = file.read(LIMIT + 1)
     if len(content) > LIMIT:
-        raise UnsafeFile(f"{path} is larger than the {LIMIT} bytes that such a file may have: remove it")
+        raise UnsafeFile(f"{path} is larger than the {LIMIT} bytes that such a file may have: {remedy}")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it") from error
+        raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, named: bool = False) -> None:
     """Writes a file (mode 0600) whole or not at all; its folder is made (0700) if there is none. A symlink stays one.
+
+    Args:
+        named: as for ``read_json``.
 
     Raises:
         UnsafeFile: the folder belongs to another user than this one or root, or group or others may write to it.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; names it and not the one that is written beside it at first.
         TypeError: ``value`` cannot be said in JSON.
     """
-    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    _write(path, json.dumps(value, indent=1, sort_keys=True) + "\n", named)
+
+
+def check_writable(path: Path, *, named: bool = False) -> None:
+    """Raises what ``write_json`` would raise of the path; makes the folder as it does, and leaves no file."""
+    _write(path, None, named)
+
+
+def _write(path: Path, text: str | None, named: bool) -> None:
     target = Path(os.path.realpath(path))
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_unless_own(target.parent, path)
-    handle, beside = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".new", dir=target.parent)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not named:
+            _refuse_unless_own(target.parent, path)
+        handle, beside = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".new", dir=target.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text or "")
+                file.flush()
+                os.fsync(file.fileno())
+            if text is None:
+                os.unlink(beside)
+            else:
+                os.replace(beside, target)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except UnsafeFile:
         raise
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; {ANOTHER if named else ELSEWHERE}") from error
 
 
 def _refuse_unless_own(part: Path, path: Path) -> None:
-    """Raise UnsafeFile if others may have changed ``part``, which is ``path`` or its folder with all symlinks resolved."""
+    """Raise UnsafeFile if others may have changed ``part``, which is ``path`` or its folder with all symlinks resolved.
+
+    A folder of somebody else's, or one that is meant for everybody, is to be left as it is, above all by root.
+    """
     if not hasattr(os, "getuid"):
         return
-    found, quoted = part.stat(), shlex.quote(str(part))
-    if found.st_uid not in (os.getuid(), 0):
-        raise UnsafeFile(f"{path} is not safe: {part} belongs to user {found.st_uid}; chown {os.getuid()} {quoted}")
+    found = part.stat()
+    folder, own = stat.S_ISDIR(found.st_mode), found.st_uid == os.getuid()
+    remedy = ELSEWHERE if folder else "remove it"
+    if not own and found.st_uid != 0:
+        raise UnsafeFile(f"{path} is not safe: {part} belongs to user {found.st_uid}; {remedy}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UnsafeFile(f"{path} is not safe: its group or others may write to {part}; chmod go-w {quoted}")
+        if own and not found.st_mode & stat.S_ISVTX:
+            remedy = f"chmod go-w {shlex.quote(str(part))}"
+        raise UnsafeFile(f"{path} is not safe: its group or others may write to {part}; {remedy}")

@@ -325,15 +325,17 @@ def test_the_order_of_tables(table: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("content", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold a format and a list of entries: remove it"),
+        ("[]", "must hold a format and a list of entries: googlenet-fused tune --forget removes it"),
         ('{"format": 1}', "must hold a format and a list of entries"),
         ('{"format": 1, "entries": {}}', "must hold a format and a list of entries"),
         ('{"format": 1, "entries": [], "more": 1}', "must hold a format and a list of entries"),
-        ('{"format": 2, "entries": []}', "has format 2, and only 1 is known here: remove it"),
-        ('{"format": 1, "entries": [3]}', "entry 0: an entry has the fields .*: remove the entry or the file"),
+        ('{"format": true, "entries": []}', "has format True, and only 1 is known here"),
+        ('{"format": 1.0, "entries": []}', "has format 1.0, and only 1 is known here"),
+        ('{"format": 2, "entries": []}', "has format 2, and only 1 is known here: googlenet-fused tune --forget removes it"),
+        ('{"format": 1, "entries": [3]}', "entry 0: an entry has the fields .*: googlenet-fused tune --forget removes it"),
         (
             json.dumps({"format": 1, "entries": [ENTRY.to_json(), changed({"batch": "8"})]}),
-            "entry 1: batch must be a positive integer, got '8': remove the entry or the file",
+            "entry 1: batch must be a positive integer, got '8': googlenet-fused tune --forget removes it",
         ),
     ],
 )

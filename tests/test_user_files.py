@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -13,7 +14,7 @@ import pytest
 from cases import message_of
 
 from googlenet_fused import user_files
-from googlenet_fused.user_files import UnsafeFile, cache_folder, read_json, write_json
+from googlenet_fused.user_files import UnsafeFile, cache_folder, check_writable, read_json, write_json
 
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs user ids")
 
@@ -143,13 +144,51 @@ def test_what_others_may_write_is_not_read(where: str, bits: int, file: Path) ->
 def test_what_belongs_to_another_is_not_read(where: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = file if where == "file" else file.parent
     belong_to_another(part, monkeypatch)
-    with pytest.raises(UnsafeFile, match=f"belongs to user [0-9]+; chown {os.getuid()} ") as error:
+    with pytest.raises(UnsafeFile, match=r"belongs to user [0-9]+; ") as error:
         read_json(file)
     assert message_of(error).startswith(f"{file} is not safe")
+    assert message_of(error).endswith("; remove it" if where == "file" else f"; {user_files.ELSEWHERE}")
 
 
 @posix
-def test_what_root_owns_is_safe(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_folder_for_everybody_it_is_not_said_that_it_be_changed(file: Path) -> None:
+    file.parent.chmod(0o1777)
+    for use in (read_json, lambda path: write_json(path, 1)):
+        with pytest.raises(UnsafeFile, match=f"others may write to {file.parent}; {user_files.ELSEWHERE}$"):
+            use(file)
+
+
+@posix
+def test_what_root_lets_a_group_write_is_not_for_others_to_change(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can give files to root")
+    file.parent.chmod(0o775)
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    with pytest.raises(UnsafeFile, match=f"{user_files.ELSEWHERE}$"):
+        read_json(file)
+
+
+def test_a_file_that_the_user_named_is_theirs_to_look_after(file: Path) -> None:
+    file.parent.chmod(0o1777)
+    file.chmod(0o666)
+    assert read_json(file, named=True) == {"a": 1}
+    write_json(file, 2, named=True)
+    check_writable(file, named=True)
+    assert read_json(file, named=True) == 2
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"is not JSON \(.*\): name another file$"):
+        read_json(file, named=True)
+    file.write_bytes(b" " * (user_files.LIMIT + 1))
+    with pytest.raises(UnsafeFile, match=r"may have: name another file$"):
+        read_json(file, named=True)
+    with pytest.raises(UnsafeFile, match=r"is not a regular file: name another file$"):
+        read_json(file.parent, named=True)
+    with pytest.raises(OSError, match=f"cannot write {file}/x.json: .*; name another file$"):
+        write_json(file / "x.json", 1, named=True)
+
+
+@posix
+def test_what_root__owns_is_safe(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can give files to root")
     monkeypatch.setattr(os, "getuid", lambda: 4321)
@@ -196,7 +235,7 @@ def make_pipe(path: Path) -> None:
 def test_only_regular_files_are_read(make: Callable[[Path], None], file: Path) -> None:
     file.unlink()
     make(file)
-    with pytest.raises(UnsafeFile, match="is not a regular file") as error:
+    with pytest.raises(UnsafeFile, match=f"is not a regular file: {user_files.ELSEWHERE}$") as error:
         read_json(file)
     assert message_of(error).startswith(f"{file} ")
 
@@ -272,7 +311,7 @@ def test_nothing_is_written_to_a_folder_that_is_not_safe(spoil: str, file: Path,
         file.parent.chmod(0o770)
     else:
         belong_to_another(file.parent, monkeypatch)
-    with pytest.raises(UnsafeFile, match=f"{file} is not safe: .*; ch(mod go-w|own {os.getuid()}) {file.parent}"):
+    with pytest.raises(UnsafeFile, match=f"{file} is not safe: .*; (chmod go-w {file.parent}|{user_files.ELSEWHERE})$"):
         write_json(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1}
     assert list(file.parent.iterdir()) == [file]
@@ -289,6 +328,29 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(step: str, file: Path, m
         write_json(file, {"a": 2})
     assert read_json(file) == {"a": 1}
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_the_remedy(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**options: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system", f"{options['dir']}/random")
+
+    monkeypatch.setattr(user_files.tempfile, "mkstemp", read_only)
+    for write in (lambda: write_json(file, 1), lambda: check_writable(file)):
+        with pytest.raises(OSError, match="cannot write") as error:
+            write()
+        assert message_of(error) == f"cannot write {file}: Read-only file system; {user_files.ELSEWHERE}"
+
+
+def test_a_cache_that_is_a_file(file: Path) -> None:
+    with pytest.raises(OSError, match=f"^{file}/x.json is not in a folder: {user_files.ELSEWHERE}$"):
+        read_json(file / "x.json")
+    with pytest.raises(OSError, match=f"^cannot write {file}/x.json: .*; {user_files.ELSEWHERE}$"):
+        write_json(file / "x.json", 1)
+
+
+def test_to_see_whether_it_can_be_written_leaves_no_file(tmp_path: Path) -> None:
+    check_writable(tmp_path / "cache/file.json")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_an_interrupt_leaves_nothing_behind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
