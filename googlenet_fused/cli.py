@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from googlenet_fused import GOOGLENET_SPECS, __version__
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from googlenet_fused.demo import Network
@@ -28,6 +29,9 @@ PROG = "googlenet-fused"
 VARIANTS = ("torchvision", "bvlc")
 DTYPES = ("fp32", "bf16", "fp16")
 ARITHMETICS = ("fp16", "bf16", "tf32", "fp32")
+TUNED = ("fp16", "bf16", "tf32")
+"""What models run in unless torch's flags were changed."""
+
 OPTIONAL = frozenset({"matplotlib", "PIL", "rich"})
 """Modules that the commands import directly and that only ``googlenet-fused[tools]`` brings."""
 
@@ -234,9 +238,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=ARITHMETICS,
         nargs="+",
-        default=["fp16"],
         metavar="DTYPE",
-        help=f"dtypes among {', '.join(ARITHMETICS)}; tf32 is fp32 while torch's flags allow TF32 (default: fp16)",
+        help=f"dtypes among {', '.join(ARITHMETICS)}; fp32 models run as tf32 by torch's default flags, and fp32 is for those "
+        f"with torch.backends.cudnn.conv.fp32_precision = 'ieee' (default: {' '.join(TUNED)}, those that run here)",
     )
     tune.add_argument(
         "--seconds-each",
@@ -503,22 +507,28 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from googlenet_fused.backends.triton import plan_table
+    from googlenet_fused.user_files import check_writable
 
     if arguments.forget:
         return _forget_plans(as_json=arguments.json)
-    path = Path(arguments.output) if arguments.output else plan_table.user_table()
+    named = arguments.output is not None and not _is_user_table(arguments.output)
+    path = Path(arguments.output) if arguments.output is not None else plan_table.user_table()
     try:
         if arguments.show:
             return _show_plans(path, as_json=arguments.json)
         _check_backend("triton")
-        plan_table.add_to_table(path, [])  # what cannot be kept need not be measured
+        from googlenet_fused.backends.triton.backend import interpreting
+
+        kept = arguments.output is not None or not interpreting()
+        if kept:  # what cannot be kept need not be measured
+            plan_table.read_table(path, named=named)
+            check_writable(path, named=named)
     except ValueError as error:
         raise CommandError(str(error)) from error
     import torch
 
     from googlenet_fused import bench
     from googlenet_fused.backends import BackendError
-    from googlenet_fused.backends.triton.backend import interpreting
     from googlenet_fused.tune import Outcome, Problem, outcomes_as_text, tune
 
     device = torch.device("cpu") if interpreting() else torch.device("cuda", torch.cuda.current_device())
@@ -526,7 +536,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         Problem.of_googlenet(name, batch, dtype, large_kernel)
         for name in dict.fromkeys(GOOGLENET_SPECS if "all" in arguments.modules else arguments.modules)
         for large_kernel in dict.fromkeys(arguments.large_kernel)
-        for dtype in dict.fromkeys(arguments.dtype)
+        for dtype in dict.fromkeys(arguments.dtype or _tuned(device))
         for batch in dict.fromkeys(arguments.batch)
     ]
     outcomes: list[Outcome] = []
@@ -536,10 +546,17 @@ def _tune(arguments: argparse.Namespace) -> int:
         _say(f"warning: {message}")
 
     def keep(outcome: Outcome) -> None:
-        if outcome.entry is not None:
-            plan_table.add_to_table(path, [outcome.entry])
+        if kept and outcome.entry is not None:
+            plan_table.add_to_table(path, [outcome.entry], named=named)
         outcomes.append(outcome)
+        if not sys.stderr.isatty():  # where no bar is shown
+            _say(f"{len(outcomes)}/{len(problems)} {outcome}")
 
+    def found() -> bool:
+        return kept and any(outcome.entry is not None for outcome in outcomes)
+
+    if not kept:
+        warn("with TRITON_INTERPRET=1 no plan is kept; --output FILE keeps them in a file that is not used")
     try:
         with bench.progress_display("tuning") as show:
             tune(problems, device, seconds_each=arguments.seconds_each, progress=show, say=warn, done=keep)
@@ -548,15 +565,17 @@ def _tune(arguments: argparse.Namespace) -> int:
     except bench.DeviceBroken as error:
         faults.append(str(error))  # the plans found before are kept
     except KeyboardInterrupt:
-        _say(f"{len(outcomes)} of {len(problems)} problems are done; their plans are kept in {path}")
+        _say(f"{len(outcomes)} of {len(problems)} problems are done{f'; their plans are kept in {path}' if found() else ''}")
         raise
     finally:
         plan_table.forget_user_entries()
 
     if arguments.json:
-        print(json.dumps({"table": str(path), "outcomes": [outcome.to_json() for outcome in outcomes]}, indent=2))
+        table = str(path) if found() else None
+        print(json.dumps({"table": table, "outcomes": [outcome.to_json() for outcome in outcomes]}, indent=2))
     else:
-        print(f"{outcomes_as_text(outcomes)}\nwrote {path}")
+        why_not = "no plan was found" if kept else "the times of interpreted kernels mean nothing"
+        print(f"{outcomes_as_text(outcomes)}\n{f'wrote {path}' if found() else f'nothing is written: {why_not}'}")
     if skipped := sum(outcome.skipped for outcome in outcomes):
         _say(f"warning: {skipped} plans were skipped, since they do not compile or do not fit on the device")
     faults += [f"{outcome.problem}: {outcome.reason}" for outcome in outcomes if outcome.reason is not None]
@@ -564,6 +583,26 @@ def _tune(arguments: argparse.Namespace) -> int:
     for fault in faults:
         _failed(fault)
     return CommandError.code if faults else 0
+
+
+def _tuned(device: torch.device) -> list[str]:
+    """Those of ``TUNED`` that the Triton backend runs on this device."""
+    from googlenet_fused.backends import registry
+    from googlenet_fused.backends.triton.plans import DTYPES as OF_TENSORS
+
+    backend, spec = registry.get("triton"), GOOGLENET_SPECS["3a"]
+    able = [name for name in TUNED if backend.supports(registry.Problem(device, OF_TENSORS[name], spec)) is None]
+    return able or list(TUNED)
+
+
+def _is_user_table(name: str) -> bool:
+    """Whether the file that was named is the user's own table after all, which is trusted and must be safe."""
+    from googlenet_fused.backends.triton.plan_table import user_table
+
+    try:
+        return os.path.realpath(name) == os.path.realpath(user_table())
+    except OSError:
+        return False
 
 
 def _show_plans(path: Path, *, as_json: bool) -> int:
@@ -582,12 +621,15 @@ def _show_plans(path: Path, *, as_json: bool) -> int:
 
 def _forget_plans(*, as_json: bool) -> int:
     from googlenet_fused.backends.triton.plan_table import forget_user_entries, user_table
+    from googlenet_fused.user_files import ELSEWHERE
 
     path, removed = user_table(), True
     try:
         path.unlink()
     except FileNotFoundError:
         removed = False
+    except OSError as error:
+        raise CommandError(f"cannot remove {path}: {error.strerror}; {ELSEWHERE}") from error
     forget_user_entries()
     if as_json:
         print(json.dumps({"table": str(path), "removed": removed}))

@@ -6,6 +6,7 @@ nothing. In the end the plan found and the one in use are timed against each oth
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -42,6 +43,8 @@ from googlenet_fused.packing import ConvParams, pack_inception
 from googlenet_fused.randomize import randomize_
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec
 from googlenet_fused.tolerance import compare, references
+
+logger = logging.getLogger("googlenet_fused")
 
 SPREAD = 0.02
 """How much less time a plan must take than another to replace it: differences below that come and go."""
@@ -122,6 +125,11 @@ class Outcome:
         """How many times as fast the module has become."""
         return None if self.before_ms is None or self.after_ms is None else self.before_ms / self.after_ms
 
+    def __str__(self) -> str:
+        if self.entry is None:
+            return f"{self.problem}: {self.reason}"
+        return f"{self.problem}: {_ms(self.before_ms)} -> {_ms(self.after_ms)} ms"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "problem": str(self.problem),
@@ -181,6 +189,7 @@ def tune(
 
     for problem in problems:
         registry.select("triton", registry.Problem(device, DTYPES[problem.arithmetic], problem.spec))
+    logger.info("%d problem%s to tune", len(problems), "" if len(problems) == 1 else "s")
     on_cuda = device.type == "cuda"
     if not on_cuda:
         say("the kernels are interpreted on the CPU (TRITON_INTERPRET=1): these times mean nothing")
@@ -353,12 +362,16 @@ def _in_short(error: Exception) -> str:
     return first_line(RuntimeError(said)) if said else first_line(error)
 
 
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
 def outcomes_as_text(outcomes: Sequence[Outcome]) -> str:
     """A table for people: milliseconds a call, how many times as fast each module has become, and its plan."""
     rows: list[Sequence[str]] = [("problem", "before ms", "after ms", "gain", "plan")]
     for outcome in outcomes:
         plan = f"none: {outcome.reason}" if outcome.entry is None else str(outcome.entry.plan)
-        ms = ("–" if value is None else f"{value:.4g}" for value in (outcome.before_ms, outcome.after_ms))
+        ms = map(_ms, (outcome.before_ms, outcome.after_ms))
         rows.append((str(outcome.problem), *ms, "–" if outcome.gain is None else f"{outcome.gain:.2f}x", plan))
     return _aligned(rows, right=(1, 2, 3))
 

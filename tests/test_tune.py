@@ -23,7 +23,7 @@ from torch import Tensor
 from googlenet_fused import cli
 from googlenet_fused import tune as tuning
 from googlenet_fused.backends import registry
-from googlenet_fused.backends.triton import plan_table, plans
+from googlenet_fused.backends.triton import backend, plan_table, plans
 from googlenet_fused.backends.triton.backend import interpreting
 from googlenet_fused.backends.triton.plans import (
     FORMS,
@@ -610,10 +610,15 @@ COMMAND = ["tune", "--modules", "5a", "--large-kernel", "5", "--dtype", "fp32", 
 @interpreted
 @pytest.mark.usefixtures("small_5a")
 def test_the_command(table: Path, capsys: pytest.CaptureFixture[str], ms: dict[str, float]) -> None:
-    assert main([*COMMAND, "--batch", "1", "2", "1"]) == 0
+    assert main([*COMMAND, "--output", str(table), "--batch", "1", "2", "1"]) == 0
     captured = capsys.readouterr()
     said = "the kernels are interpreted on the CPU (TRITON_INTERPRET=1): these times mean nothing"
-    assert captured.err == f"googlenet-fused: warning: {said}\n"
+    assert captured.err.splitlines() == [
+        "googlenet-fused: 2 problems to tune",
+        f"googlenet-fused: warning: {said}",
+        "googlenet-fused: 1/2 5a 4x4, batch 1, fp32: 2 -> 1 ms",
+        "googlenet-fused: 2/2 5a 4x4, batch 2, fp32: 4 -> 2 ms",
+    ]
     plan = "fused; pointwise 128x128x64 4w 1s; spatial 128x128x64 4w 1s"
     assert captured.out.splitlines() == [
         "problem                before ms  after ms   gain  plan",
@@ -630,7 +635,7 @@ def test_the_command(table: Path, capsys: pytest.CaptureFixture[str], ms: dict[s
     assert plan_for(Request(INTERPRETER, 1, "fp32", TINY, 1, 4, 4)).form == "fused", "it is used from now on"
 
     ms.update(merged=1.0, fused=2.0)
-    assert main([*COMMAND, "--batch", "2", "--json"]) == 0
+    assert main([*COMMAND, "--output", str(table), "--batch", "2", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["table"] == str(table)
     (outcome,) = document["outcomes"]
@@ -668,7 +673,7 @@ def test_every_problem_is_kept_when_it_is_done(
         return search(self, *arguments)
 
     monkeypatch.setattr(_Search, "outcome", interrupted)
-    assert main([*COMMAND, "--batch", "1", "2", "3", "4"]) == 130
+    assert main([*COMMAND, "--output", str(table), "--batch", "1", "2", "3", "4"]) == 130
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-2:] == [
         f"googlenet-fused: 2 of 4 problems are done; their plans are kept in {table}",
@@ -688,7 +693,7 @@ def test_a_wrong_plan_ends_in_failure_and_the_right_ones_are_kept(
         "judged",
         lambda self, plan, meter: (right(self, plan, meter)[0], "disagrees" if plan.form == "fused" else None),
     )
-    assert main([*COMMAND, "--batch", "1"]) == 1
+    assert main([*COMMAND, "--output", str(table), "--batch", "1"]) == 1
     lines = capsys.readouterr().err.splitlines()
     plan = "fused; pointwise 128x128x64 4w 1s; spatial 128x128x64 4w 1s"
     assert f"googlenet-fused: warning: 5a 4x4, batch 1, fp32: WRONG RESULTS by the plan {plan}: disagrees" in lines
@@ -709,7 +714,7 @@ def test_skipped_plans_and_a_problem_without_a_plan(
 
     right = MadeUpModule.judged
     monkeypatch.setattr(MadeUpModule, "judged", judged)
-    assert main([*COMMAND, "--batch", "1", "2"]) == 1
+    assert main([*COMMAND, "--output", str(table), "--batch", "1", "2"]) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines()[2].endswith("  –  none: no plan runs here and gives right results")
     lines = captured.err.splitlines()
@@ -731,7 +736,7 @@ def test_a_broken_device_ends_in_failure_and_what_was_found_is_kept(
         return search(self, *arguments)
 
     monkeypatch.setattr(_Search, "outcome", outcome)
-    assert main([*COMMAND, "--batch", "1", "2", "3"]) == 1
+    assert main([*COMMAND, "--output", str(table), "--batch", "1", "2", "3"]) == 1
     captured = capsys.readouterr()
     assert "batch 1" in captured.out
     assert captured.err.splitlines()[-1] == "googlenet-fused: error: the plan x broke the device: why"
@@ -794,14 +799,118 @@ def test_an_unsafe_folder_is_refused_before_anything_is_tried(
     output: bool, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing_tried(monkeypatch)
-    folder = tmp_path / "elsewhere" if output else table.parent
+    monkeypatch.setattr(backend, "interpreting", lambda: output)
+    monkeypatch.setattr(type(registry.get("triton")), "probe", lambda self: None)
+    folder = table.parent
     folder.mkdir()
     folder.chmod(0o777)
-    assert main(["tune", *(["--output", str(folder / "plans.json")] if output else [])]) == 1
+    assert main(["tune", *(["--output", str(table)] if output else [])]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("googlenet-fused: error: ")
     assert f"is not safe: its group or others may write to {folder}; chmod go-w {folder}" in line
     assert list(folder.iterdir()) == []
+
+
+@interpreted
+@pytest.mark.usefixtures("small_5a", "ms")
+def test_a_file_that_the_user_named_may_lie_in_a_folder_for_everybody(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o1777)
+    assert main([*COMMAND, "--batch", "1", "--output", str(tmp_path / "plans.json")]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'plans.json'}\n")
+    assert len(plan_table.read_table(tmp_path / "plans.json", named=True)) == 1
+    assert not table.exists()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("# Read me", "is no table of plans: name another file"),
+        ('{"a": 1}', "is no table of plans: it must hold a format and a list of entries: name another file"),
+        ('{"format": 1, "entries": [3]}', "is no table of plans: entry 0: an entry has the fields"),
+        (None, "is not a regular file: name another file"),
+    ],
+)
+def test_a_named_file_that_is_no_table_is_left_as_it_is(
+    content: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_tried(monkeypatch)
+    file = tmp_path / "README.md"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    assert main(["tune", "--output", str(file)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"googlenet-fused: error: {file} {said}")
+    assert line.endswith("name another file")
+    assert content is None or file.read_text() == content
+
+
+@interpreted
+@pytest.mark.usefixtures("small_5a", "ms")
+def test_without_a_named_file_interpreted_plans_are_not_kept(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, "--batch", "1"]) == 0
+    captured = capsys.readouterr()
+    said = "with TRITON_INTERPRET=1 no plan is kept; --output FILE keeps them in a file that is not used"
+    assert f"googlenet-fused: warning: {said}" in captured.err.splitlines()
+    assert captured.out.splitlines()[-1] == "nothing is written: the times of interpreted kernels mean nothing"
+    assert not table.parent.exists()
+    assert main([*COMMAND, "--batch", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"] is None
+
+
+@interpreted
+@pytest.mark.usefixtures("small_5a", "ms")
+def test_where_no_plan_was_found_nothing_is_written(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(self: MadeUpModule, plan: Plan, meter: object) -> Any:
+        raise triton.OutOfResources(3, 2, "shared memory")
+
+    monkeypatch.setattr(MadeUpModule, "judged", judged)
+    assert main([*COMMAND, "--output", str(table), "--batch", "1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == "nothing is written: no plan was found"
+    progress = "googlenet-fused: 1/1 5a 4x4, batch 1, fp32: no plan runs here and gives right results"
+    assert progress in captured.err.splitlines()
+    assert list(table.parent.iterdir()) == []
+
+
+@interpreted
+@pytest.mark.usefixtures("small_5a", "ms")
+def test_an_interrupt_before_any_plan_says_nothing_of_plans(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: _Search, *arguments: Any) -> Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Search, "outcome", interrupted)
+    assert main([*COMMAND, "--output", str(table), "--batch", "1"]) == 130
+    assert "googlenet-fused: 0 of 1 problems are done" in capsys.readouterr().err.splitlines()
+
+
+@interpreted
+@pytest.mark.usefixtures("small_5a", "ms")
+def test_on_a_terminal_the_bar_is_enough(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*COMMAND, "--output", str(table), "--batch", "1"]) == 0
+    err = capsys.readouterr().err
+    assert "1 problem to tune" in err
+    assert "1/1" not in err
+
+
+def test_a_folder_in_the_tables_place_is_not_removed(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table.mkdir(parents=True)
+    assert main(["tune", "--forget"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"googlenet-fused: error: cannot remove {table}: ")
+    assert line.endswith("; name a folder of your own with GOOGLENET_FUSED_CACHE")
+    assert table.is_dir()
 
 
 @interpreted
@@ -812,7 +921,7 @@ def test_a_broken_table_is_refused_before_anything_is_tried(
     nothing_tried(monkeypatch)
     plan_table.add_to_table(table, [])
     table.write_text('{"format": 1, "entries": [{}]}')
-    assert main(["tune", *options]) == 1
+    assert main(["tune", *(options or ["--output", str(table)])]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"googlenet-fused: error: {table}: entry 0: an entry has the fields")
 
@@ -820,13 +929,15 @@ def test_a_broken_table_is_refused_before_anything_is_tried(
 @interpreted
 def test_a_dtype_that_cannot_be_had_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--modules", "5a", "--dtype", "bf16"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("googlenet-fused: error: ")
     assert "Triton's interpreter computes bfloat16 wrongly" in line
 
 
 def test_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(type(registry.get("triton")), "probe", lambda self: None)
+    monkeypatch.setattr(type(registry.get("triton")), "supports", lambda self, problem: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "tune", lambda problems, device, **options: asked.append((problems, options["seconds_each"])))
     assert main(["tune"]) == 0
@@ -836,11 +947,26 @@ def test_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     (problems, seconds), (others, other_seconds) = asked
     modules = list(itertools.product(GOOGLENET_SPECS, (3, 5)))
     assert problems == [
-        Problem.of_googlenet(name, batch, "fp16", kernel) for name, kernel in modules for batch in (1, 8, 32, 128)
+        Problem.of_googlenet(name, batch, dtype, kernel)
+        for name, kernel in modules
+        for dtype in ("fp16", "bf16", "tf32")
+        for batch in (1, 8, 32, 128)
     ]
     assert seconds == 0.5
     assert others == [Problem.of_googlenet(name, 128, dtype, kernel) for name, kernel in modules for dtype in ("tf32", "bf16")]
     assert other_seconds == 2.5
+
+
+@interpreted
+def test_of_the_default_dtypes_those_are_tuned_that_run_here() -> None:
+    assert cli._tuned(CPU) == ["fp16", "tf32"]
+
+
+def test_help_says_what_fp32_models_run_as(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "fp32 models run as tf32 by torch's default flags" in said
+    assert "(default: fp16 bf16 tf32, those that run here)" in said
 
 
 def test_tables_of_nothing() -> None:
