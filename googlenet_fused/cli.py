@@ -311,7 +311,7 @@ def _check_backend(name: str) -> None:
         registry.check_name(name)
     except ValueError as error:
         raise UsageError(f"argument --backend: {error}") from error
-    reason = None if name == registry.AUTO else registry.status()[name]["reason"]
+    reason = None if name == registry.AUTO else registry.unavailable(name)
     if reason is not None:
         raise CommandError(f"backend {name!r} is not available on this machine: {reason}")
 
@@ -327,8 +327,12 @@ def _output_folder(name: str) -> Path:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from googlenet_fused import info
+    from googlenet_fused.backends.registry import DamagedInstallation
 
-    report = info.report()
+    try:
+        report = info.report()
+    except DamagedInstallation as error:
+        raise CommandError(str(error)) from error
     print(json.dumps(report, indent=2) if arguments.json else info.as_text(report))
     return 0
 

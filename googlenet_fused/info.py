@@ -64,7 +64,10 @@ def package_state(name: str) -> PackageState:
         return PackageState(None)
     try:
         importlib.import_module(_IMPORT_NAMES.get(name, name))
-    except Exception as error:  # an import can fail in any way: a missing symbol, an unregistered operator, a version check
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # an import can fail in any way: a missing symbol, an unregistered operator, a version check
         return PackageState(version, f"{type(error).__name__}: {first_line(error)}")
     return PackageState(version)
 
@@ -191,12 +194,20 @@ def warnings(packages: Mapping[str, PackageState]) -> list[str]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """What ``registry.status`` says of every known backend, by name; ``reason`` says why one is not available."""
+    """What ``registry.status`` says of every known backend, by name; ``reason`` says why one is not available.
+
+    Raises:
+        DamagedInstallation: as ``registry.status``.
+    """
     return {name: dict(state) for name, state in registry.status().items()}
 
 
 def report() -> dict[str, Any]:
-    """Everything ``doctor`` knows, ready for JSON. Missing or broken optional packages are reported, never raised."""
+    """Everything ``doctor`` knows, ready for JSON. Missing or broken optional packages are reported, never raised.
+
+    Raises:
+        DamagedInstallation: as ``registry.status``.
+    """
     packages = {name: package_state(name) for name in PACKAGES}
     return {
         "versions": {

@@ -16,6 +16,7 @@ from googlenet_fused import BackendError, FusedInception, fuse, use_backend
 from googlenet_fused.backends import cpu, registry
 from googlenet_fused.backends.reference import ReferenceBackend
 from googlenet_fused.backends.registry import Problem
+from googlenet_fused.backends.triton import backend as triton_backend
 from googlenet_fused.blocks import BasicConv2d
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.packing import PackedInception
@@ -88,6 +89,32 @@ def test_the_reference_is_the_last_resort() -> None:
     assert registry.names()[-1] == "reference"
     assert set(registry.names()) >= {"cpu", "reference"}
     assert registry.get("reference").probe() is None
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such thing\nand more"), SystemExit("no such thing")])
+def test_a_probe_that_fails_is_a_reason(
+    error: BaseException, fakes: tuple[FakeBackend, FakeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe() -> str | None:
+        raise error
+
+    monkeypatch.setattr(fakes[0], "probe", probe)
+    monkeypatch.setattr(fakes[0], "needs_verification", True)
+    status = registry.status()
+    assert status["first"]["available"] is False
+    assert status["first"]["reason"] == f"its probe failed: {type(error).__name__}: no such thing"
+    assert status["second"]["available"] is True
+
+
+def test_cpu_tensors_without_a_gpu_are_refused_with_the_way_to_try_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_probe", lambda: None)
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match=r"sees no CUDA device \(TRITON_INTERPRET=1 runs its kernels on CPU tensors"):
+        run("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(BackendError, match="it runs on CUDA tensors, not on cpu"):
+        run("triton")
 
 
 def ask_fuse(name: str) -> None:

@@ -23,7 +23,7 @@ pytest.importorskip("skimage")
 from rich.console import Console
 
 from googlenet_fused import FusionMismatch, bench, cli, demo, googlenet, use_backend
-from googlenet_fused.backends import registry
+from googlenet_fused.backends import registry, trust
 from googlenet_fused.bench import Timing
 from googlenet_fused.cli import main
 from googlenet_fused.images import sample_photographs
@@ -141,6 +141,24 @@ def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert facts["backends"]["triton"]["needs_verification"]
     assert facts["versions"]["torch"]
+
+
+@pytest.mark.parametrize("content", ["[", "{}", None])
+def test_doctor_in_a_damaged_installation(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "verified.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(trust, "VERIFIED", file)
+    trust._verified.cache_clear()
+    try:
+        assert main(["doctor"]) == 1
+    finally:
+        trust._verified.cache_clear()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("googlenet-fused: error: the installation is damaged: ")
+    assert str(file) in line
 
 
 def test_doctor_as_text_without_optional_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from googlenet_fused import __version__, info
-from googlenet_fused.backends import trust
+from googlenet_fused.backends import registry, trust
 from googlenet_fused.backends.triton import backend
 from googlenet_fused.info import PackageState
 
@@ -65,6 +66,60 @@ def backend_state(**changes: Any) -> dict[str, Any]:
     """Of a backend that is available, as the report has it."""
     facts = {"available": True, "reason": None, "description": "d", "needs_verification": False}
     return {**facts, "verified_on": [], "here": {}, **changes}
+
+
+BROKEN: dict[str, tuple[str, str]] = {
+    "no version": ("from . import knobs", "is incomplete or of an unknown version"),
+    "no version known": ("from . import knobs\n__version__ = None", "is incomplete or of an unknown version"),
+    "a version in words": ("from . import knobs\n__version__ = 'dev'", "is incomplete or of an unknown version"),
+    "no knobs": ("__version__ = '3.8.0'", "is incomplete or of an unknown version"),
+    "too old": ("__version__ = '3.5.1+git'", "is older than 3.6: upgrade torch"),
+    "exits": ("import sys; sys.exit('no driver')", "triton does not import: SystemExit: no driver"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_triton_is_a_reason_and_costs_nothing_else(name: str, tmp_path: Path) -> None:
+    content, reason = BROKEN[name]
+    folder = tmp_path / "triton"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(content)
+    if name != "no knobs":
+        (folder / "knobs.py").write_text("class runtime:\n    interpret = False\n")
+    program = (
+        "import torch, googlenet_fused\n"
+        "from googlenet_fused.backends import registry\n"
+        "from googlenet_fused.cli import main\n"
+        "block = googlenet_fused.FusedInception(4, 2, 2, 2, 2, 2, 2).eval()\n"
+        "with torch.inference_mode(): assert block(torch.ones(1, 4, 3, 3)).shape[1] == 8\n"
+        "assert main(['doctor']) == 0\n"
+        "print('REASON', registry.status()['triton']['reason'])\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("REASON"))
+    assert reason in line
+    assert name == "exits" or str(folder) in line
+
+
+def test_a_folder_that_happens_to_be_called_triton_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("triton")
+    module.__path__ = ["/home/someone/triton"]
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert backend._probe.__wrapped__() == "triton is incomplete or of an unknown version (/home/someone/triton)"
+
+
+def test_triton_says_that_it_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = registry.get("triton")
+    monkeypatch.setattr(type(triton), "probe", lambda self: None)
+    said = "interpreted on CPU tensors (TRITON_INTERPRET=1): fp32 and fp16, only if asked for by name"
+    for interprets in (True, False):
+        monkeypatch.setattr(backend, "interpreting", lambda interprets=interprets: interprets)
+        assert (said in info.backends()["triton"]["description"]) is interprets
 
 
 def verified_entry(**changes: Any) -> dict[str, Any]:

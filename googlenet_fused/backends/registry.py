@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from googlenet_fused.messages import first_line
 from googlenet_fused.packing import PackedInception
 from googlenet_fused.spec import InceptionSpec
 
@@ -76,6 +77,10 @@ class Backend(ABC):
     def supports(self, problem: Problem) -> str | None:
         """Why this backend cannot run ``problem``, or None if it can."""
 
+    def described(self) -> str:
+        """What it is on this machine, on which it can run: its description, unless there is more to say."""
+        return self.description
+
     def doubt(self, problem: Problem) -> str | None:
         """Why automatic choice passes this backend over although it supports ``problem``, or None.
 
@@ -132,6 +137,10 @@ class Backend(ABC):
         return torch.empty_like(out, memory_format=torch.channels_last).copy_(out)
 
 
+class DamagedInstallation(RuntimeError):
+    """A file that comes with the package is missing or damaged; the message names it."""
+
+
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run the problem; the message says why and what can."""
 
@@ -171,22 +180,41 @@ def check_name(name: str) -> None:
 
 def status() -> dict[str, BackendStatus]:
     """For every backend: whether it can run on this machine and, if not, why; the GPUs that it is known to be right on; and
-    what is known of it on the current one, as ``trust.standing`` says it."""
+    what is known of it on the current one, as ``trust.standing`` says it.
+
+    Raises:
+        DamagedInstallation: the record of these GPUs, which comes with the package, cannot be read.
+    """
     from googlenet_fused.backends import trust  # which needs this module
 
     report: dict[str, BackendStatus] = {}
     for name in names():
-        backend = _backends[name]
-        reason = backend.probe()
+        backend, reason = _backends[name], unavailable(name)
+        verified: list[VerifiedOn] = []
+        if backend.needs_verification:
+            try:
+                verified = trust.verified_on(backend)
+            except SystemExit:  # of a broken Triton, whose version is asked for
+                pass
+            except (OSError, ValueError) as error:
+                raise DamagedInstallation(f"the installation is damaged: {first_line(error)}; install it anew") from error
         report[name] = {
             "available": reason is None,
             "reason": reason,
-            "description": backend.description,
+            "description": backend.described() if reason is None else backend.description,
             "needs_verification": backend.needs_verification,
-            "verified_on": trust.verified_on(backend) if backend.needs_verification else [],
-            "here": trust.standing(backend) if backend.needs_verification else {},
+            "verified_on": verified,
+            "here": trust.standing(backend) if backend.needs_verification and reason is None else {},
         }
     return report
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend of that name cannot run on this machine, or None if it can; a probe that fails is a reason."""
+    try:
+        return get(name).probe()
+    except (Exception, SystemExit) as error:
+        return f"its probe failed: {type(error).__name__}: {first_line(error)}"
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import shutil
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -38,6 +40,7 @@ from googlenet_fused.packing import PackedInception
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
+NO_CUDA = "torch sees no CUDA device (TRITON_INTERPRET=1 runs its kernels on CPU tensors, slowly)"
 HIP_WITH_TF32 = ("gfx942",)
 INTERPRETER_PROCESSORS = 1
 """Of the device that the interpreter plays: the largest tiles fill it, and persistent grids go round more than once."""
@@ -50,6 +53,11 @@ class TritonBackend(Backend):
 
     def probe(self) -> str | None:
         return _probe() or _refuse_machine()
+
+    def described(self) -> str:
+        if interpreting():
+            return "Triton kernels, interpreted on CPU tensors (TRITON_INTERPRET=1): fp32 and fp16, only if asked for by name"
+        return self.description
 
     def supports(self, problem: Problem) -> str | None:
         return _probe() or _refuse_device(problem.device) or _refuse_dtype(problem)
@@ -109,7 +117,8 @@ def shipped_plans(request: Request) -> list[Plan]:
 
 @cache
 def interpreting() -> bool:
-    """Whether Triton interprets kernels: it decides when they are defined, so the first answer holds."""
+    """Whether Triton interprets kernels: it decides when they are defined, so the first answer holds. Raises whatever a broken
+    Triton raises: to be asked where the backend's ``probe`` finds nothing amiss."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -118,29 +127,36 @@ def interpreting() -> bool:
 @cache
 def _probe() -> str | None:
     try:
-        import triton
-    except Exception as error:  # an import can fail in any way
+        triton: Any = importlib.import_module("triton")
+    except (Exception, SystemExit) as error:  # an import can fail in any way
         return f"triton does not import: {type(error).__name__}: {first_line(error)}"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < MINIMUM_TRITON:
+    file = getattr(triton, "__file__", None) or next(iter(getattr(triton, "__path__", ())), "no file")
+    version = getattr(triton, "__version__", None)
+    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    if found is not None and tuple(map(int, found.groups())) < MINIMUM_TRITON:
         oldest = ".".join(map(str, MINIMUM_TRITON))
-        return f"triton {triton.__version__} is older than {oldest}: upgrade torch, which brings its own"
-    return None
+        return f"triton {version} ({file}) is older than {oldest}: upgrade torch, which brings its own"
+    try:
+        interpreting()
+    except (Exception, SystemExit):
+        found = None
+    return None if found is not None else f"triton is incomplete or of an unknown version ({file})"
 
 
 def _refuse_machine() -> str | None:
     if interpreting():
         return None
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs its kernels on CPU tensors, slowly)"
+        return NO_CUDA
     return _refuse_device(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _refuse_device(device: torch.device) -> str | None:
     if interpreting():
         return None if device.type == "cpu" else f"with TRITON_INTERPRET=1 it runs on CPU tensors, not on {device.type}"
-    if device.type != "cuda":
-        return f"it runs on CUDA tensors, not on {device.type}"
-    return _refuse_gpu(device) if torch.cuda.is_available() else "torch sees no CUDA device"
+    if device.type in ("cpu", "cuda") and not torch.cuda.is_available():
+        return NO_CUDA
+    return _refuse_gpu(device) if device.type == "cuda" else f"it runs on CUDA tensors, not on {device.type}"
 
 
 @cache
