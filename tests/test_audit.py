@@ -571,6 +571,9 @@ def test_variants_that_cannot_be_audited_are_refused(give: Callable[..., None], 
     give(variant(fn=len))
     with pytest.raises(AuditError, match=r"fn must be a triton\.JITFunction, got builtin_function_or_method"):
         load("given:variants")
+    for name in ("math:sin", "os:getcwd"):
+        with pytest.raises(AuditError, match=f"--variants: {name} gives no variants "):
+            load(name)
     for name in ("given", "given:others", "no_such_module:variants", ":variants"):
         with pytest.raises(AuditError, match=f"--variants: there is no {name} "):
             load(name)
@@ -619,6 +622,7 @@ def done(give: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
         give(variant())
         monkeypatch.setattr(command, "audit", audit)
+        monkeypatch.setattr(command, "versions", lambda: {"triton": new["triton"] if new else "3.8.0"})
         return command.main(list(arguments))
 
     return run
@@ -636,6 +640,20 @@ def test_what_is_written_and_what_is_not(done: Callable[..., int], tmp_path: Pat
     finding = {name: row()[name] for name in ("kernel", "label", "dtype", "arch")} | {"finding": "spills"}
     assert done(run_of("3.8.0", row(), findings=(finding,))) == 1
     assert record.read(own)[0]["findings"] == [finding]
+
+
+@needs_triton
+def test_a_record_that_says_the_same_is_left_as_it_is(
+    done: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert done({**run_of("3.8.0", row()), "commit": "of the first"}) == 0
+    written = (tmp_path / "audit.json").read_bytes()
+    for arguments in ([], ["--check"]):
+        assert done({**run_of("3.8.0", row()), "commit": "of another"}, *arguments) == 0
+        assert f"as in {tmp_path / 'audit.json'}" in capsys.readouterr().out
+    assert (tmp_path / "audit.json").read_bytes() == written
+    assert done({**run_of("3.8.0"), "commit": "of the last"}) == 0
+    assert record.read(tmp_path / "audit.json")[0]["commit"] == "of the last"
 
 
 @needs_triton

@@ -91,23 +91,24 @@ def run(arguments: argparse.Namespace) -> int:
     whole = arguments.variants == VARIANTS and len(tasks) == sum(len(list(variant.arches)) for variant in variants)
     output = arguments.output or (OUTPUT if whole or arguments.check else None)
     recorded = record.read(output) if output else []
+    version = versions()["triton"]
+    old = next((run for run in recorded if run["triton"] == version), None)
+    if arguments.check and old is None:
+        raise AuditError(f"{output} has no run of Triton {version}: make one without --check")
     if output and not arguments.check:
         check_writable(output)
     new = audit(variants, tasks, arguments)
     show(new, arguments.details)
-    if arguments.check:
-        assert output is not None
-        old = next((run for run in recorded if run["triton"] == new["triton"]), None)
-        if old is None:
-            raise AuditError(f"{output} has no run of Triton {new['triton']}: make one without --check")
-        changes = list(record.differences(old, new, whole))
+    changes = list(record.differences(old, new, whole or not arguments.check)) if old else ["all of it"]
+    if output and not changes:
+        print(f"as in {output}")
+    elif arguments.check:
         for change in changes:
-            print(f"not as in {output.name}: {change}")
-        return 1 if changes or new["findings"] else 0
-    if output:
+            print(f"not as in {output.name if output else None}: {change}")
+    elif output:
         record.write(output, new)
         print(f"wrote {output}")
-    return 1 if new["findings"] else 0
+    return 1 if new["findings"] or (arguments.check and changes) else 0
 
 
 def check_writable(path: Path) -> None:

@@ -91,10 +91,15 @@ def load(source: str) -> list[Variant]:
         list_them = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise AuditError(f"--variants: there is no {source} ({error}): name a MODULE:FUNCTION") from error
-    variants = list(list_them())
+    try:
+        variants = list(list_them())
+        names = [f"{variant.kernel}, {variant.label}, {variant.dtype}" for variant in variants]
+    except (TypeError, AttributeError) as error:
+        raise AuditError(
+            f"--variants: {source} gives no variants ({error}): name a function without arguments that does"
+        ) from error
     seen = set()
-    for variant in variants:
-        name = f"{variant.kernel}, {variant.label}, {variant.dtype}"
+    for variant, name in zip(variants, names, strict=True):
         if not isinstance(variant.fn, triton.JITFunction):
             raise AuditError(f"{source}: {name}: fn must be a triton.JITFunction, got {type(variant.fn).__name__}")
         if unknown := [arch for arch in variant.arches if arch not in LIMITS]:
