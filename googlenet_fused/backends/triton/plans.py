@@ -8,6 +8,7 @@ which there are enough to occupy the device. The user's own table (``plan_table`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,12 @@ Kernel = Literal["pointwise", "spatial", "branch"]
 MOST_RATIO = 4
 """How many times as large or small as its own an entry's batches may be. Beyond that tiles that fill the device for the one are
 too small or too few for the other, and the rule knows better."""
+
+LIMIT = 2**31
+"""What sizes and widths in a table are below: no tensor is larger."""
+
+ARCHES = r"sm_[0-9]{2,4}|(?!sm_)[A-Za-z0-9_-]+"
+"""The names that an arch may have in a table."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -243,19 +250,25 @@ class Entry:
         required = ("arch", "arithmetic", "widths", "batch", "height", "width", "plan")
         if not isinstance(data, Mapping) or not {*required} <= data.keys() <= {*required, "gpu", "triton"}:
             raise ValueError(f"an entry has the fields {', '.join(required)}, and perhaps gpu and triton, got {data!r}")
-        if not isinstance(data["arch"], str) or not data["arch"]:
+        if not isinstance(data["arch"], str) or not re.fullmatch(ARCHES, data["arch"]):
             raise ValueError(f"arch must be a name such as 'sm_90', got {data['arch']!r}")
         if data["arithmetic"] not in ARITHMETICS:
             raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {data['arithmetic']!r}")
         for name in ("batch", "height", "width"):
             if type(data[name]) is not int or data[name] < 1:
                 raise ValueError(f"{name} must be a positive integer, got {data[name]!r}")
+            if data[name] >= LIMIT:
+                raise ValueError(f"{name} must be less than 2^31")
         for name in ("gpu", "triton"):
             if not isinstance(data.get(name), str | None):
                 raise ValueError(f"{name} must be a text or null, got {data[name]!r}")
+            if not (data.get(name) or "").isprintable():
+                raise ValueError(f"{name} must be printable, got {data[name]!r}")
         widths, names = data["widths"], [field.name for field in fields(InceptionSpec)]
         if not isinstance(widths, list) or len(widths) != len(names) or not all(type(width) is int for width in widths):
             raise ValueError(f"widths must be {len(names)} integers, {', '.join(names)}, got {widths!r}")
+        if max(widths) >= LIMIT:
+            raise ValueError("widths must be less than 2^31")
         try:
             spec = InceptionSpec(*widths)
         except ValueError as error:
