@@ -592,10 +592,13 @@ def _tune(arguments: argparse.Namespace) -> int:
 def _tuned(device: torch.device) -> list[str]:
     """Those of ``TUNED`` that the Triton backend runs on this device."""
     from googlenet_fused.backends import registry
+    from googlenet_fused.backends.triton.backend import device_facts, has_tf32
     from googlenet_fused.backends.triton.plans import DTYPES as OF_TENSORS
 
     backend, spec = registry.get("triton"), GOOGLENET_SPECS["3a"]
     able = [name for name in TUNED if backend.supports(registry.Problem(device, OF_TENSORS[name], spec)) is None]
+    if able and not has_tf32(device_facts(device)[0]):
+        able = ["fp32" if name == "tf32" else name for name in able]
     return able or list(TUNED)
 
 

@@ -64,10 +64,8 @@ def package_state(name: str) -> PackageState:
         return PackageState(None)
     try:
         importlib.import_module(_IMPORT_NAMES.get(name, name))
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # an import can fail in any way: a missing symbol, an unregistered operator, a version check
+    # An import can fail in any way: a missing symbol, an unregistered operator, a version check, an exit.
+    except (Exception, SystemExit) as error:
         return PackageState(version, f"{type(error).__name__}: {first_line(error)}")
     return PackageState(version)
 

@@ -234,7 +234,8 @@ def _build_beyond_pools(build: Callable[[], Value], source: Tensor) -> Value:
     Before it captures a graph, Inductor makes a call whose allocations all go to the graph's memory pool, which must be empty
     afterwards. That holds for the thread that makes the call, and for no other.
     """
-    if torch._C._len_torch_dispatch_stack():  # a mode holds for one thread too, and has its own idea of what is built
+    # Not a documented interface. A mode holds for one thread too, and has its own idea of what is built.
+    if getattr(torch._C, "_len_torch_dispatch_stack", int)():
         return _build_detached(build)
     stream = torch.cuda.current_stream(source.device)
 
@@ -243,7 +244,11 @@ def _build_beyond_pools(build: Callable[[], Value], source: Tensor) -> Value:
             return _build_detached(build)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(build_here).result()
+        try:
+            built = thread.submit(build_here)
+        except RuntimeError:  # the interpreter is shutting down
+            return _build_detached(build)
+        return built.result()
 
 
 @cache

@@ -83,7 +83,8 @@ def references(plain: nn.Module, x: Tensor) -> References:
 
 
 def in_tf32(plain: nn.Module, x: Tensor) -> Tensor:
-    """The plain module's result on ``x``, fp32, of products of TF32 operands whose sums are exact."""
+    """The plain module's result on ``x``, fp32, of products of TF32 operands whose sums are exact. Of a parametrized layer only
+    the input is cut."""
     model = copy.deepcopy(plain).double()
 
     def read(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

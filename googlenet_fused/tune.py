@@ -34,11 +34,12 @@ from googlenet_fused.backends.triton.plans import (
     plan_for,
     use_plan,
 )
-from googlenet_fused.bench import Schedule, first_line, meter_for, numerics, take_turns
+from googlenet_fused.bench import Schedule, meter_for, numerics, take_turns
 from googlenet_fused.bench.gate import FRESH_INPUTS
 from googlenet_fused.bench.meters import Meter
 from googlenet_fused.bench.timing import Turn
 from googlenet_fused.blocks import Inception
+from googlenet_fused.messages import first_line
 from googlenet_fused.packing import ConvParams, pack_inception
 from googlenet_fused.randomize import randomize_
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec

@@ -42,6 +42,9 @@ ODD_SPECS: dict[str, InceptionSpec] = {
 }
 """Widths that no kernel likes."""
 
+ALIGNED = InceptionSpec(24, 8, 16, 40, 8, 24, 16)
+"""Widths that tensor descriptors permit, few of them powers of 2."""
+
 CONV_BLOCKS = ("branch1", "branch2.0", "branch2.1", "branch3.0", "branch3.1", "branch4.1")
 """The names of an Inception module's convolution blocks, in the order of ``InceptionSpec.convs``."""
 

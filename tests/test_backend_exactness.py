@@ -161,7 +161,7 @@ def test_every_layout_of_input(backend: str, dtype: torch.dtype, layout: str, la
 def test_every_output_element_is_written_and_nothing_else(
     backend: str, dtype: torch.dtype, channels_last: bool, spec: InceptionSpec
 ) -> None:
-    """tests/test_triton_kernels.py has the same for the interpreted kernels, in every form."""
+    """tests/test_triton_kernels.py has the like for interpreted kernels, in every form."""
     packed = pack_inception(integer_convs(spec, dtype), dtype)
     for batch, height, width in SMALL_SIZES:
         x = integer_input(spec, batch, height, width, dtype)

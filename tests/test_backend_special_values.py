@@ -23,6 +23,7 @@ from cases import (
 from torch import Tensor, nn
 
 from googlenet_fused import FusedInception
+from googlenet_fused.backends import registry
 from googlenet_fused.blocks import Norm
 from googlenet_fused.spec import InceptionSpec
 
@@ -96,18 +97,17 @@ def test_nan_reaches_its_neighbourhood_and_no_further(backend: str, dtype: torch
         assert torch.equal(nan[1, channels], expected.expand(nan[1, channels].shape))
 
 
-@pytest.mark.parametrize("value", [NAN, INF], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @both_large_kernels
 @every_backend_and_dtype
 def test_nan_and_infinity_in_convolution_weights(backend: str, dtype: torch.dtype, large_kernel: int, value: float) -> None:
-    """With batch norm to be folded, and without."""
-    check_special_value(backend, dtype, "batch" if large_kernel == 3 else None, large_kernel, ["conv.weight"], value)
+    check_special_value(backend, dtype, "batch", large_kernel, ["conv.weight"], value)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @every_backend_and_dtype
 def test_nan_and_infinity_in_biases(backend: str, dtype: torch.dtype, value: float) -> None:
-    check_special_value(backend, dtype, None, 5, ["conv.bias"], value)
+    check_special_value(backend, dtype, None, 5, ["conv.weight", "conv.bias"], value)
 
 
 @backends_and_dtypes(interpreted=False)
@@ -119,15 +119,18 @@ def test_nan_in_batch_norm(backend: str, dtype: torch.dtype) -> None:
 def check_special_value(
     backend: str, dtype: torch.dtype, norm: Norm, large_kernel: int, names: Sequence[str], value: float
 ) -> None:
-    """Put ``value`` at the first and the last place of each named tensor of each convolution, one after the other."""
+    """Put ``value`` at the first, middle and last place of each named tensor of each convolution, one after the other.
+
+    At the last one only for interpreted kernels, which are slow: what is past a width is told apart there.
+    """
     spec = replace(ODD_SPECS["primes"], large_kernel=large_kernel)
     plain = plain_inception(spec, norm).to(dtype)
     fused = FusedInception.from_module(plain, backend=backend)
     state = plain.state_dict()
-    x = random_input(spec, 2, 5, 6, dtype)
+    x, interpreted = random_input(spec, 2, 5, 6, dtype), registry.get(backend).needs_verification
     for conv, name in product(CONV_BLOCKS, names):
         flat = state[f"{conv}.{name}"].view(-1)
-        for index in {0, len(flat) - 1}:
+        for index in {len(flat) - 1} if interpreted else {0, len(flat) // 2, len(flat) - 1}:
             kept = flat[index].item()
             with torch.no_grad():
                 flat[index] = value

@@ -19,8 +19,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from googlenet_fused import CannotFuse, FusedInception, modules, use_backend
-from googlenet_fused.backends import registry, trust
+from googlenet_fused import CannotFuse, FusedInception, direct, modules, use_backend
+from googlenet_fused.backends import registry
 from googlenet_fused.blocks import BasicConv2d, Norm
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.randomize import randomize_
@@ -472,7 +472,7 @@ def test_fp32_on_cuda_is_chosen_for_anew_in_another_arithmetic(
     flags = ["float32"]
     doubts = {"float32": None, "tf32": "its self-check failed"}
     monkeypatch.setattr(registry.get("cpu"), "doubt", lambda problem: doubts[flags[-1]])
-    monkeypatch.setattr(trust, "arithmetic", lambda dtype: flags[-1])
+    monkeypatch.setattr(direct, "arithmetic", lambda dtype: flags[-1])
     ran: list[str] = []
     for name in ("cpu", "reference"):
         for method in ("inception", "conv2d_relu"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    ALIGNED,
     GOOGLENET_MODULES,
     LAYOUTS,
     ODD_SPECS,
@@ -146,17 +147,25 @@ def assert_modules_agree(device: str, backend: str, dtype: torch.dtype, name: st
     in_every_form(backend, device, dtype, spec, check)
 
 
-@grid(*DTYPES, devices=["cuda"], automatic=False)
-def test_every_shipped_configuration(device: str, backend: str, dtype: torch.dtype) -> None:
-    assert_every_configuration_agrees(backend, dtype)
+def with_ways(*dtypes: torch.dtype) -> list[str]:
+    """The backends on CUDA that have more than one way to run a module."""
+    able = (name for dtype in dtypes for name in can_run(dtype, "cuda"))
+    return list(dict.fromkeys(name for name in able if type(registry.get(name)).ways is not registry.Backend.ways))
 
 
-def assert_every_configuration_agrees(backend: str, dtype: torch.dtype) -> None:
-    """On images enough for a persistent grid to go round more than once."""
-    spec, side = GOOGLENET_MODULES["4e"]
-    fused, plain = pair(spec, "cuda", dtype, backend)
-    x = on("cuda", spec, 80, side, dtype).contiguous(memory_format=torch.channels_last)
-    for name, way in ways_of(backend, "cuda", dtype, spec).items():
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*map(repr, DTYPES), "tf32"], ids=lambda name: name.removeprefix("torch."))
+@pytest.mark.parametrize("backend", with_ways(*DTYPES), ids=lambda name: f"cuda-{name}")
+def test_every_shipped_configuration(backend: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On images enough for every persistent grid to go round more than once."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", dtype == "tf32")
+    exact = torch.float32 if dtype == "tf32" else getattr(torch, dtype.removeprefix("torch."))
+    spec = GOOGLENET_MODULES["4e"][0]
+    fused, plain = pair(spec, "cuda", exact, backend)
+    x = on("cuda", spec, 400, 12, exact).contiguous(memory_format=torch.channels_last)
+    ways = ways_of(backend, "cuda", exact, spec)
+    assert len(ways) > 1
+    for name, way in ways.items():
         by(name, way, lambda: assert_agrees(fused, plain, x))
 
 
@@ -169,7 +178,9 @@ def test_layouts(device: str, backend: str, dtype: torch.dtype, layout: str) -> 
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("spec", [pytest.param(TINY, id="tiny"), pytest.param(PRIMES, id="primes")])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(spec, id=name) for name, spec in (("tiny", TINY), ("primes", PRIMES), ("aligned", ALIGNED))]
+)
 @grid(torch.float16, automatic=False)
 def test_small_modules_agree(device: str, backend: str, dtype: torch.dtype, spec: InceptionSpec) -> None:
     fused, plain = pair(spec, device, dtype, backend)
@@ -182,20 +193,20 @@ def test_small_modules_agree(device: str, backend: str, dtype: torch.dtype, spec
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @grid(torch.float16, torch.float32, automatic=False)
 def test_every_element_is_written_and_nothing_else(device: str, backend: str, dtype: torch.dtype, channels_last: bool) -> None:
-    weights, biases, *_ = inception_arguments(norm=False, bias=True, dtype=dtype)
+    weights, biases, *_ = inception_arguments(ALIGNED, norm=False, bias=True, dtype=dtype)
     convs = [ConvParams(weight.to(device), bias.to(device)) for weight, bias in zip(weights, biases, strict=True)]
-    x = on(device, TINY, 2, 7, dtype)
+    x = LAYOUTS["channels_last" if channels_last else "contiguous"](on(device, ALIGNED, 2, 7, dtype))
     chosen, packed = registry.get(backend), pack_inception(convs, dtype)
     peer = by_definition(x, convs, lambda x, conv: F.conv2d(x, *conv[:2], padding=conv.weight.shape[2] // 2).relu())
 
     def check() -> None:
-        buffer = guarded_buffer((2, TINY.out_channels, 7, 7), dtype, channels_last=channels_last)[1].to(device)
+        buffer = guarded_buffer((2, ALIGNED.out_channels, 7, 7), dtype, channels_last=channels_last)[1].to(device)
         out = buffer[1:-1, 8:-8, 1:-1, 1:-1]
         chosen.inception(x, packed, chosen.prepare(packed, x.shape), out)
         check_guards(out, buffer)
         check_close(out, [peer], plain_result(x, convs), terms=packed.shared_weight.shape[1])
 
-    in_every_form(backend, device, dtype, TINY, check)
+    in_every_form(backend, device, dtype, ALIGNED, check)
 
 
 @on_every_device
@@ -271,12 +282,6 @@ def test_network_in_tf32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_modules_agree_in_tf32(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert_modules_agree("cuda", backend, torch.float32, name)
-
-
-@in_tf32
-def test_every_shipped_configuration_in_tf32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert_every_configuration_agrees(backend, torch.float32)
 
 
 @pytest.mark.gpu
@@ -398,20 +403,23 @@ def replay(graph: torch.cuda.CUDAGraph, static: Tensor, out: Tensor, x: Tensor) 
 
 @grid(*DTYPES, devices=["cuda"])
 def test_cuda_graph_of_a_module(device: str, backend: str, dtype: torch.dtype) -> None:
-    fused, plain = pair(PRIMES, device, dtype, backend)
+    fused, plain = pair(ALIGNED, device, dtype, backend)
+
+    def image(seed: int) -> Tensor:
+        return on(device, ALIGNED, 2, 9, dtype, seed).contiguous(memory_format=torch.channels_last)
 
     def check() -> None:
-        graph, static, out = captured(fused, on(device, PRIMES, 2, 9, dtype))
+        graph, static, out = captured(fused, image(1))
         results = []
         for seed in (2, 3):
-            x = on(device, PRIMES, 2, 9, dtype, seed)
+            x = image(seed)
             results.append(replay(graph, static, out, x))
             comparison = judge(lambda x: replay(graph, static, out, x), plain, x)
             assert comparison.ok, comparison
         assert not torch.equal(*results)
 
     with torch.inference_mode():
-        in_every_form(backend, device, dtype, PRIMES, check)
+        in_every_form(backend, device, dtype, ALIGNED, check)
 
 
 @pytest.mark.gpu
@@ -438,6 +446,7 @@ def test_a_first_call_by_inductors_cuda_graphs(device: str, backend: str, dtype:
                 torch.compiler.cudagraph_mark_step_begin()
                 comparison = judge(lambda x: compiled(x).clone(), plain, x)
                 assert comparison.ok, comparison
+        assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     finally:
         torch.compiler.reset()
 

@@ -298,8 +298,8 @@ WRONG_IN_FP32 = [*WRONG_ANYWHERE, one_weight, one_weight_in_the_middle, one_laye
     ("host", "dtype", "spoil"),
     [
         *(("torchvision's own", torch.float32, spoil) for spoil in (*WRONG_IN_FP32, another_eps, statistics_forgotten)),
-        *(("bvlc", torch.float32, spoil) for spoil in (zero_one_third_branch, one_weight, biases_forgotten)),
-        *(("torchvision's own", torch.bfloat16, spoil) for spoil in WRONG_ANYWHERE),
+        *(("bvlc", torch.float32, spoil) for spoil in (*WRONG_IN_FP32, biases_forgotten)),
+        *(("torchvision's own", torch.bfloat16, spoil) for spoil in (*WRONG_ANYWHERE, statistics_forgotten)),
         ("torchvision's own", torch.float16, zero_one_third_branch),
         *(("torchvision's own", torch.float64, spoil) for spoil in (zero_one_third_branch, one_weight)),
     ],

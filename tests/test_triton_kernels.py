@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    ALIGNED,
     LAYOUTS,
     ODD_SPECS,
     SENTINEL,
@@ -38,9 +39,6 @@ from googlenet_fused.backends.triton import launch
 from googlenet_fused.backends.triton.plans import INTERPRETER, Config, Plan, configurations, use_plan
 
 pytestmark = pytest.mark.skipif(not triton_backend.interpreting(), reason="Triton was not told to interpret")
-
-ALIGNED = InceptionSpec(24, 8, 16, 40, 8, 24, 16)
-"""Widths that tensor descriptors permit, few of them powers of 2."""
 
 SMALL = Config(16, 16, 16, 4, 1)
 OBLONG = Config(32, 16, 64, 4, 1)
@@ -100,10 +98,12 @@ def assert_exact(
     monkeypatch: pytest.MonkeyPatch,
     processors: int = 1,
     convs: Sequence[ConvParams] = (),
+    channels_last: bool = True,
 ) -> None:
     """Small integers come out as they must, every element of the output is written and nothing else, nothing else is read."""
     convs = convs or integer_convs(spec, x.dtype)
-    out, buffer = guarded_buffer((x.shape[0], spec.out_channels, *x.shape[2:]), x.dtype)
+    shape = (x.shape[0], spec.out_channels, x.shape[2], x.shape[3])
+    out, buffer = guarded_buffer(shape, x.dtype, channels_last=channels_last)
     with guarded_workspaces(monkeypatch):
         run(x, between_nan(pack_inception(convs, x.dtype)), out, plan, processors)
     check_guards(out, buffer)
@@ -170,7 +170,9 @@ def test_exact_in_half_precision(plan: Plan, monkeypatch: pytest.MonkeyPatch) ->
 @every_plan
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_exact(LAYOUTS[layout](integer_input(TINY, 2, 5, 4)), TINY, plan, monkeypatch)
+    """Of the input; of the output channels_last, or contiguous as the input is."""
+    x = LAYOUTS[layout](integer_input(TINY, 2, 5, 4))
+    assert_exact(x, TINY, plan, monkeypatch, channels_last=layout != "contiguous")
 
 
 @every_plan

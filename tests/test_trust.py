@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TINY, message_of
+from cases import TINY, integer_convs, message_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,22 +30,21 @@ from googlenet_fused.backends.reference import ReferenceBackend
 from googlenet_fused.backends.registry import Backend, Problem
 from googlenet_fused.backends.triton import backend as triton_backend
 from googlenet_fused.backends.triton.plans import (
+    DTYPES,
     FORMS,
     INTERPRETER,
     SPATIAL,
     Arithmetic,
-    Config,
     Request,
     configurations,
     configurations_for,
     hopper_or_later,
     plan_for,
     rule,
-    tiles,
 )
 from googlenet_fused.backends.trust import Identity, Verification
 from googlenet_fused.info import distribution_version
-from googlenet_fused.packing import PackedInception
+from googlenet_fused.packing import PackedInception, pack_inception
 from googlenet_fused.spec import GOOGLENET_SPECS, InceptionSpec
 from googlenet_fused.user_files import write_json
 
@@ -213,12 +212,24 @@ def test_further_ways_run_on_one_module(quick: None) -> None:
     assert sum(not way for way, _, _ in backend.ran) == 8, "by itself"
 
 
-def test_the_module_for_further_ways_has_more_tiles_than_a_grid_has_programs() -> None:
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize("arithmetic", ["fp16", "fp32"])
+def test_in_every_way_a_persistent_grid_goes_round_more_than_once(arch: str, arithmetic: Arithmetic) -> None:
+    launch = pytest.importorskip("googlenet_fused.backends.triton.launch")
     spec, (n, h, w) = trust._IN_ALL_WAYS
-    largest = Config(128, 128, 32, 8, 3)
-    assert largest in configurations("fp16")["spatial"]
-    resident = pytest.importorskip("googlenet_fused.backends.triton.launch").RESIDENT
-    assert tiles(n * h * w, largest, (spec.ch3x3, spec.ch5x5)) > resident * 180
+    packed = pack_inception(integer_convs(spec, DTYPES[arithmetic]), DTYPES[arithmetic])
+    x, out = (
+        torch.empty(n, channels, h, w, dtype=DTYPES[arithmetic], device="meta", memory_format=torch.channels_last)
+        for channels in (spec.in_channels, spec.out_channels)
+    )
+    more_than_once = []
+    for plan in triton_backend.shipped_plans(Request(arch, 188, arithmetic, spec, n, h, w)):
+        for each in launch.launches(x, spec, launch.Weights.of(packed), out, plan, arithmetic, 188):
+            values = each.arguments
+            if tiles := sum(values.get(name, 0) for name in ("tiles", "tiles3", "tiles5")):
+                more_than_once.append(tiles > each.programs)
+    assert len(more_than_once) > 2, "the spatial kernel and the branch kernel"
+    assert all(more_than_once)
 
 
 @pytest.mark.skipif(find_spec("triton") is None or not triton_backend.interpreting(), reason="Triton does not interpret here")

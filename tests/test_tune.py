@@ -24,7 +24,7 @@ from googlenet_fused import cli
 from googlenet_fused import tune as tuning
 from googlenet_fused.backends import registry
 from googlenet_fused.backends.triton import backend, plan_table, plans
-from googlenet_fused.backends.triton.backend import interpreting
+from googlenet_fused.backends.triton.backend import arithmetic_of, interpreting
 from googlenet_fused.backends.triton.plans import (
     FORMS,
     INTERPRETER,
@@ -960,6 +960,15 @@ def test_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 @interpreted
 def test_of_the_default_dtypes_those_are_tuned_that_run_here() -> None:
     assert cli._tuned(CPU) == ["fp16", "tf32"]
+
+
+@interpreted
+@pytest.mark.parametrize(("arch", "fp32"), [("sm_80", "tf32"), ("gfx942", "tf32"), ("gfx90a", "fp32")])
+def test_fp32_is_tuned_as_models_run_it(arch: str, fp32: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "device_facts", lambda device: (arch, 100))
+    assert cli._tuned(CPU) == ["fp16", fp32]
+    with numerics("tf32"):
+        assert arithmetic_of(torch.float32, arch) == fp32
 
 
 def test_help_says_what_fp32_models_run_as(capsys: pytest.CaptureFixture[str]) -> None:

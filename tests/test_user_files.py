@@ -188,7 +188,7 @@ def test_a_file_that_the_user_named_is_theirs_to_look_after(file: Path) -> None:
 
 
 @posix
-def test_what_root__owns_is_safe(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_root_owns_is_safe(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can give files to root")
     monkeypatch.setattr(os, "getuid", lambda: 4321)

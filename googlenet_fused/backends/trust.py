@@ -379,19 +379,18 @@ def _warn(message: str) -> None:
 # The self-check.
 
 _ODD = InceptionSpec(13, 7, 11, 17, 3, 5, 19)
-_4A = replace(GOOGLENET_SPECS["4a"], large_kernel=3)
 _RUNS: tuple[tuple[InceptionSpec | None, tuple[int, int, int]], ...] = (
     (None, (2, 15, 11)),
     (replace(_ODD, large_kernel=3), (3, 6, 9)),
     (_ODD, (3, 6, 9)),
-    (_4A, (1, 14, 14)),
+    (replace(GOOGLENET_SPECS["4a"], large_kernel=3), (1, 14, 14)),
     (GOOGLENET_SPECS["5a"], (2, 7, 7)),
 )
 """Widths that no kernel likes and GoogLeNet's, with batch, height and width; None is the stem's convolution."""
 
-_IN_ALL_WAYS: tuple[InceptionSpec, tuple[int, int, int]] = (_4A, (80, 14, 14))
-"""What runs in every way of the backend, channels_last. Its widths are aligned, so that descriptors apply; its tiles, even of
-128 pixels by 128 channels, are more than the two for each of up to 180 multiprocessors that a persistent grid takes at once."""
+_IN_ALL_WAYS: tuple[InceptionSpec, tuple[int, int, int]] = (InceptionSpec(64, 32, 32, 64, 16, 32, 32, 3), (400, 12, 11))
+"""What runs in every way of the backend, channels_last. Its widths are aligned, so that descriptors apply; its tiles, of the
+branch kernel one an image, are more than the two for each of up to 199 multiprocessors that a persistent grid takes at once."""
 
 _FENCE = 256
 """Elements on either side of an output; a multiple of what any kernel aligns to."""

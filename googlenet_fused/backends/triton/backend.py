@@ -98,7 +98,11 @@ _ARITHMETICS: dict[str, Arithmetic] = {"float16": "fp16", "bfloat16": "bf16", "f
 def arithmetic_of(dtype: torch.dtype, arch: str) -> Arithmetic:
     """How the kernels multiply tensors of this dtype: fp32 as torch's flag for convolutions allows and the arch can."""
     found = _ARITHMETICS[arithmetic(dtype)]
-    return "fp32" if found == "tf32" and arch.startswith("gfx") and arch not in HIP_WITH_TF32 else found
+    return found if found != "tf32" or has_tf32(arch) else "fp32"
+
+
+def has_tf32(arch: str) -> bool:
+    return not arch.startswith("gfx") or arch in HIP_WITH_TF32
 
 
 def shipped_plans(request: Request) -> list[Plan]:
