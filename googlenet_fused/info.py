@@ -256,7 +256,7 @@ def _backend_text(state: Mapping[str, Any]) -> str:
     parts = [text, *(_verified_text(entry) for entry in state["verified_on"])]
     if not state["verified_on"]:
         unknown = "" if state["here"] else ": automatic choice uses it on one only after a self-check there"
-        parts.append(f"no record of its tests passing on a GPU{unknown}")
+        parts.append(f"its tests have not run on a GPU yet{unknown}")
     if state["here"]:
         parts.append(f"here {_here_text(state['here'])}")
     return "; ".join(parts)

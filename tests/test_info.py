@@ -133,17 +133,17 @@ def verified_entry(**changes: Any) -> dict[str, Any]:
         ({"verified_on": [], "needs_verification": False}, "available: d"),
         (
             {"verified_on": []},
-            "available: d; no record of its tests passing on a GPU: automatic choice uses it on one only after a "
+            "available: d; its tests have not run on a GPU yet: automatic choice uses it on one only after a "
             "self-check there",
         ),
         (
             {"available": False, "reason": "none"},
-            "not available: none; no record of its tests passing on a GPU: automatic choice uses it on one only after a "
+            "not available: none; its tests have not run on a GPU yet: automatic choice uses it on one only after a "
             "self-check there",
         ),
         (
             {"here": {"float16": "self-check passed", "float32": "to be checked at first use", "tf32": "self-check passed"}},
-            "available: d; no record of its tests passing on a GPU; here self-check passed in float16 and tf32, to be checked "
+            "available: d; its tests have not run on a GPU yet; here self-check passed in float16 and tf32, to be checked "
             "at first use in float32",
         ),
         (
