@@ -133,8 +133,7 @@ def verified_entry(**changes: Any) -> dict[str, Any]:
         ({"verified_on": [], "needs_verification": False}, "available: d"),
         (
             {"verified_on": []},
-            "available: d; its tests have not run on a GPU yet: automatic choice uses it on one only after a "
-            "self-check there",
+            "available: d; its tests have not run on a GPU yet: automatic choice uses it on one only after a self-check there",
         ),
         (
             {"available": False, "reason": "none"},
