@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 
 def arithmetic(dtype: torch.dtype) -> str:
     """The dtype's name; ``tf32`` for fp32 while torch's flags allow convolutions that on a GPU, as other kernels run then."""
     tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else str(dtype).removeprefix("torch.")
-
-
-def as_tf32(tensor: Tensor) -> Tensor:
-    """What tensor cores read of fp32 numbers where nothing rounds them: sign, exponent and 10 bits of the fraction."""
-    return (tensor.float().view(torch.int32) & ~0x1FFF).view(torch.float32)

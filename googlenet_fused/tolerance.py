@@ -12,9 +12,6 @@ The rounding of a sum of k products in fp32 is sqrt(k) * 2**-24 of the largest v
 what sequential addition costs where partial sums grow that large, which depends on the order of addition and falls on few
 elements. Against the eps of a half precision it is nothing. In fp64 the peers are no worse than the truth; there 2**-40 of the
 largest value takes the place of both. NaN and infinities must stand exactly where the first peer has them.
-
-Where fp32 may be TF32, on a GPU and by torch's flags, another peer is the plain model on what tensor cores read of its inputs
-and weights. Torch's libraries use them for some widths and not for others, and that choice is not the dtype's cost.
 """
 
 from __future__ import annotations
@@ -26,8 +23,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from googlenet_fused.arithmetic import arithmetic, as_tf32
 
 PEER_FACTOR = 2.0
 PEER_BATCH = 16  # on one thread torch gives 1x1 convolutions to oneDNN from this batch on (ATen/native/Convolution.cpp)
@@ -76,26 +71,8 @@ def references(plain: nn.Module, x: Tensor) -> References:
         peers = [plain(x)]
         for layout in (torch.contiguous_format, torch.channels_last):
             peers.append(plain(repeated.contiguous(memory_format=layout))[: len(x)])
-        if x.is_cuda and arithmetic(x.dtype) == "tf32":
-            peers.append(in_tf32(plain, x))
     sums = [layer.weight[0].numel() for layer in plain.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     return References(peers, truth, max(sums, default=1))
-
-
-def in_tf32(plain: nn.Module, x: Tensor) -> Tensor:
-    """The plain module's result on ``x``, fp32, of products of TF32 operands whose sums are exact. Of a parametrized layer only
-    the input is cut."""
-    model = copy.deepcopy(plain).double()
-
-    def read(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(as_tf32(tensor).double() for tensor in inputs)
-
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.weight.data = as_tf32(layer.weight).double()
-            layer.register_forward_pre_hook(read)
-    result: Tensor = model(x.double())
-    return result.float()
 
 
 def compare(actual: Tensor, peers: Sequence[Tensor], truth: Tensor, terms: int = 1) -> Comparison:

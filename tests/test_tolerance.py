@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from googlenet_fused.arithmetic import as_tf32
-from googlenet_fused.blocks import BasicConv2d, Inception
+from googlenet_fused.blocks import BasicConv2d
 from googlenet_fused.randomize import randomize_
-from googlenet_fused.spec import InceptionSpec
-from googlenet_fused.tolerance import Comparison, check_close, compare, in_tf32, judge, references
+from googlenet_fused.tolerance import Comparison, check_close, compare, judge, references
 
 NAN, INF = float("nan"), float("inf")
 PEER_ERROR = 1e-3
@@ -386,53 +384,3 @@ def test_references(dtype: torch.dtype) -> None:
     for peer in peers:
         assert (peer.shape, peer.dtype) == (truth.shape, dtype)
         torch.testing.assert_close(peer, peers[0], rtol=0.1, atol=0.1)
-
-
-# TF32.
-
-
-def test_what_tensor_cores_read_of_fp32() -> None:
-    kept = torch.tensor([0.0, -0.0, 1.0, -1.0009765625, 3.0, 2.0**-126, 65504.0, INF, -INF, NAN])
-    torch.testing.assert_close(as_tf32(kept), kept, rtol=0, atol=0, equal_nan=True)
-    assert as_tf32(torch.tensor([1 + 2**-10 + 2**-11, -(1 + 2**-11)])).tolist() == [1 + 2**-10, -1.0]
-
-
-def inception_and_input() -> tuple[Inception, Tensor]:
-    spec = InceptionSpec(13, 7, 11, 17, 3, 5, 19)
-    x = torch.randn(2, spec.in_channels, 6, 9, generator=torch.Generator().manual_seed(3))
-    return randomize_(Inception.from_spec(spec, norm=None)).eval(), x
-
-
-def test_a_result_of_tf32_products_is_judged_by_a_peer_that_has_them() -> None:
-    """Beside torch's results with products of fp32, as its libraries may have them for odd widths."""
-    plain, x = inception_and_input()
-    peers, truth, terms = references(plain, x)
-    rounded = copy.deepcopy(plain)
-    for parameter in rounded.parameters():
-        parameter.data = as_tf32(parameter.data * (1 + 2**-11))  # to nearest, roughly
-    with torch.no_grad():
-        result, peer = rounded(x), in_tf32(plain, x)
-    assert not compare(result, peers, truth, terms).ok
-    assert compare(result, [*peers, peer], truth, terms).ok
-    off = result.clone()
-    off[1, 2, 3, 4] += 0.01 * float(truth.abs().max())
-    assert not compare(off, [*peers, peer], truth, terms).ok
-
-
-def test_the_peer_of_tf32_leaves_the_model_as_it_is() -> None:
-    plain, x = inception_and_input()
-    before = [parameter.clone() for parameter in plain.parameters()]
-    with torch.no_grad():
-        result = in_tf32(plain, x)
-        assert result.dtype == torch.float32
-        assert not torch.equal(result, plain(x))
-    assert all(map(torch.equal, before, plain.parameters()))
-
-
-@pytest.mark.parametrize(("cuda", "allowed", "peers"), [(True, True, 4), (True, False, 3), (False, True, 3)])
-def test_when_there_is_a_peer_of_tf32(cuda: bool, allowed: bool, peers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, x = inception_and_input()
-    monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: cuda))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert len(references(plain, x).peers) == peers
-    assert len(references(plain.bfloat16(), x.bfloat16()).peers) == 3
