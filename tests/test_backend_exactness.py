@@ -16,7 +16,6 @@ from cases import (
     SMALL_SIZES,
     TINY,
     assert_same,
-    backends_and_dtypes,
     both_kernels,
     both_large_kernels,
     can_run,
@@ -157,11 +156,10 @@ def test_every_layout_of_input(backend: str, dtype: torch.dtype, layout: str, la
 
 @every_odd_spec
 @pytest.mark.parametrize("channels_last", [False, True])
-@backends_and_dtypes(interpreted=False)
+@every_backend_and_dtype
 def test_every_output_element_is_written_and_nothing_else(
     backend: str, dtype: torch.dtype, channels_last: bool, spec: InceptionSpec
 ) -> None:
-    """tests/test_triton_kernels.py has the like for interpreted kernels, in every form."""
     packed = pack_inception(integer_convs(spec, dtype), dtype)
     for batch, height, width in SMALL_SIZES:
         x = integer_input(spec, batch, height, width, dtype)

@@ -145,13 +145,9 @@ def interpreted(dtype: torch.dtype) -> list[str]:
     return sorted({*can_run(dtype, interpreted=True)} - {*can_run(dtype)})
 
 
+@pytest.mark.parametrize(("host", "shape"), [("torchvision's own", (2, 64, 48)), ("bvlc", (1, 47, 64))], ids=str)
 @pytest.mark.parametrize(
-    ("backend", "dtype", "host", "shape"),
-    [
-        *((name, torch.float32, "torchvision's own", (2, 64, 48)) for name in interpreted(torch.float32)),
-        *((name, torch.float16, "bvlc", (1, 47, 64)) for name in interpreted(torch.float16)),
-    ],
-    ids=str,
+    ("backend", "dtype"), [(name, dtype) for dtype in (torch.float32, torch.float16) for name in interpreted(dtype)], ids=str
 )
 def test_interpreted_kernels(backend: str, dtype: torch.dtype, host: str, shape: Shape) -> None:
     with torch.no_grad(), use_backend(backend):
