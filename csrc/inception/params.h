@@ -82,7 +82,7 @@ struct Plan {
   Product products[kProducts];
   int shared_ends[3]; // columns of kShared where ch1x1, ch3x3red and ch5x5red end, padding included
   Bottleneck bottlenecks[2];
-  int slot_bytes;     // of the ring, which begins shared memory
+  int slot_bytes, pool_slot_bytes; // of the ring, which begins shared memory: of kPoolProj passes, which hold a halo, the latter
   int pooled;         // where the pooled rows of a stage lie, in the place of the bottlenecks
   int shared_bytes;
   std::uint8_t pass_begin[kMaxSplits + 1]; // passes of a split; in the order of ProductIndex
