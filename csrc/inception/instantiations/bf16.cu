@@ -1,0 +1,3 @@
+#include "../launch.cuh"
+
+template int googlenet_fused::launch<googlenet_fused::Element::kBFloat16>(const Params &, void *);

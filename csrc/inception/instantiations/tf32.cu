@@ -1,0 +1,3 @@
+#include "../launch.cuh"
+
+template int googlenet_fused::launch<googlenet_fused::Element::kTf32>(const Params &, void *);
