@@ -201,19 +201,25 @@ DEVICE Pixel ordered_pixel(const Plan &plan, const Block &block, const Region &t
   return holds(block, pixel) ? pixel : Pixel{0, 0, 0};
 }
 
-// Steps through a bottleneck: channels of a tap, taps of a kernel row, rows. An offset that is the same for every pixel.
+// Steps through a bottleneck: channels of a tap, taps of a kernel row, rows. The offset is the same for every pixel. Without a
+// branch, so that the next operands are loaded beside the products.
 struct Tap {
+  int steps, kernel;                     // of a tap, and taps of a kernel row
+  std::uint32_t to_next_tap, to_next_row; // besides the step itself
   std::uint32_t offset = 0;
   int step = 0, column = 0;
 
-  DEVICE void advance(const Bottleneck &bottleneck, int steps) {
-    offset += kStepBytes;
-    if (++step < steps) return;
-    step = 0;
-    offset += bottleneck.pixel_bytes - steps * kStepBytes;
-    if (++column < bottleneck.kernel) return;
-    column = 0;
-    offset += (bottleneck.row_pixels - bottleneck.kernel) * bottleneck.pixel_bytes;
+  DEVICE Tap(const Bottleneck &bottleneck, int steps)
+      : steps(steps), kernel(bottleneck.kernel), to_next_tap(bottleneck.pixel_bytes - steps * kStepBytes),
+        to_next_row((bottleneck.row_pixels - bottleneck.kernel) * bottleneck.pixel_bytes) {}
+
+  DEVICE void advance() {
+    const bool tap_ends = ++step == steps;
+    step = tap_ends ? 0 : step;
+    column += tap_ends ? 1 : 0;
+    const bool row_ends = column == kernel;
+    column = row_ends ? 0 : column;
+    offset += kStepBytes + (tap_ends ? to_next_tap : 0) + (row_ends ? to_next_row : 0);
   }
 };
 
@@ -264,8 +270,7 @@ DEVICE void multiply_pass(const Params &p, const Block &block, const Pass &pass,
 
   const int stages = stages_of(product), ring = plan.tile.stages;
   const std::uint32_t slot_size = slot_bytes(plan, pass), x_rows = columns_of(pass) * kStageBytes;
-  const int tap_steps = bottleneck.padded_channels * T::kBytes / kStepBytes;
-  Tap tap;
+  Tap tap(bottleneck, bottleneck.padded_channels * T::kBytes / kStepBytes);
   int read = 0, write = ring - 1;
   NO_UNROLL for (int stage = 0; stage < product.steps / 2; stage++) {
     wait_for_stage(ring);
@@ -285,7 +290,7 @@ DEVICE void multiply_pass(const Params &p, const Block &block, const Pass &pass,
         step(other, memory + plan.pooled, other, slot);
       } else {
         step(0, tap.offset, other, slot);
-        tap.advance(bottleneck, tap_steps);
+        tap.advance();
       }
     }
     read = read + 1 == ring ? 0 : read + 1;
@@ -379,7 +384,7 @@ DEVICE void store_out(const Params &p, const Block &block, const Pixel &pixel, c
   using Bits = std::conditional_t<T::kBytes == 2, std::uint16_t, std::uint32_t>;
   UNROLL for (int i = 0; i < kUnitColumns; i++) {
     Bits *to_channel = reinterpret_cast<Bits *>(out + i * p.out_strides[3] * T::kBytes);
-    if (i < to.count) store_element(to_channel, static_cast<Bits>(octet.element(i))); // narrow: any stride
+    if (i < to.count) store_element(to_channel, static_cast<Bits>(octet.element(i)));
   }
 }
 

@@ -120,10 +120,10 @@ DEVICE Unit load_shared(std::uint32_t address) {
   return unit;
 }
 
-DEVICE float load_number(const float *from) { return __ldg(from); }
+DEVICE float load_number(const float *from) { return __ldg(from); } // narrow: a bias, read once a pass
 DEVICE void store_unit(void *to, const Unit &unit) { *static_cast<Unit *>(to) = unit; }
-DEVICE void store_element(std::uint16_t *to, std::uint16_t bits) { *to = bits; }
-DEVICE void store_element(std::uint32_t *to, std::uint32_t bits) { *to = bits; }
+DEVICE void store_element(std::uint16_t *to, std::uint16_t bits) { *to = bits; } // narrow: where strides or widths allow no more
+DEVICE void store_element(std::uint32_t *to, std::uint32_t bits) { *to = bits; } // narrow: where strides or widths allow no more
 
 // Two numbers in the low and the high half of a word.
 template <class T> DEVICE std::uint32_t pack_pair(float low, float high) {
