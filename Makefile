@@ -4,6 +4,8 @@ PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist worksteal
 SHELL := bash
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pip installs the package without the native library, which "make native" builds in place.
+export GOOGLENET_FUSED_BUILD ?= none
 
 # pip in two halves around its arguments. The second names each large file on its way; pip's errors and warnings pass, but for one
 # that only says that a folder in the user's own pip configuration lacks a package.
@@ -11,7 +13,7 @@ PIP_INSTALL := set -o pipefail; $(BIN)/python -m pip install --no-input --progre
 SHOW_FILES := 2> >(grep -v "^WARNING: Location .* is ignored" >&2) | sed -un -E \
 	-e 's~^ *(Downloading|Using cached) ([^ ]*/)?([^ /]+) (\([0-9.]+ [MG]B\)).*~    \3 \4~p' -e 's~^Installing collected.*~    unpacking~p'
 
-.PHONY: help install demo test lint audit bench clean
+.PHONY: help install native demo test lint audit bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -23,7 +25,11 @@ install: .venv/.installed ## make .venv with the package and all that demo, test
 demo: .venv/.installed ## plain against fused GoogLeNet on real photographs; report and chart in demo-output/
 	@$(BIN)/googlenet-fused demo --output demo-output
 
-test: .venv/.installed ## all tests, slow ones last (PYTEST_FLAGS="-k name" runs some, in one process)
+native: .venv/.installed ## build in place what the compilers here can: the CUDA library, and the simulation of its kernels (minutes)
+	@$(BIN)/python csrc/build.py cuda --if-possible
+	@$(BIN)/python csrc/build.py sim --if-possible
+
+test: native ## all tests, slow ones last (PYTEST_FLAGS="-k name" runs some, in one process)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: .venv/.installed ## ruff, mypy, the import direction, and the tables generated from the benchmarks
@@ -42,6 +48,7 @@ bench: .venv/.installed-bench ## measure on this machine (the better part of an 
 
 clean: ## remove .venv and all that the other targets wrote, but no measurements
 	@rm -rf .venv build dist ./*.egg-info demo-output gpu-output benchmarks/probes/build .pytest_cache .mypy_cache .ruff_cache
+	@rm -f googlenet_fused/backends/cuda/*.so googlenet_fused/backends/cuda/build.json
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/pip:
