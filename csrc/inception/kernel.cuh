@@ -98,14 +98,14 @@ DEVICE void load_stage(const Params &p, const Block &block, const Pass &pass, co
   const unsigned char *weights =
       p.weights + product.weights + (static_cast<std::int64_t>(stage) * product.columns + pass.column) * kStageBytes;
   const int units = least(columns, product.columns - pass.column) * kStageUnits;
-  for (int i = thread_index(); i < columns * kStageUnits; i += kThreads) {
+  NO_UNROLL for (int i = thread_index(); i < columns * kStageUnits; i += kThreads) {
     copy_async(slot + i * kUnitBytes, weights + (i < units ? i * kUnitBytes : 0), i < units ? kUnitBytes : 0);
   }
   if (pass.product == kSpatial3 || pass.product == kSpatial5) return;
   const std::uint32_t rows = slot + columns * kStageBytes;
   const int first = pass.product == kPoolProj ? 0 : pass.row;
   const int count = pass.product == kPoolProj ? rows_of(region) : least(rows_of(region) - first, rows_of(pass));
-  for (int i = thread_index(); i < count * kStageUnits; i += kThreads) {
+  NO_UNROLL for (int i = thread_index(); i < count * kStageUnits; i += kThreads) {
     const int row = i / kStageUnits, unit = i % kStageUnits;
     const int channel = stage * T::kStageElements + unit * T::kUnitElements;
     const int bytes = most(least((p.in_channels - channel) * T::kBytes, kUnitBytes), 0);
@@ -154,7 +154,7 @@ template <class T>
 DEVICE void pool_stage(const Plan &plan, const Block &block, const Region &region, std::uint32_t rows, std::uint32_t pooled) {
   const int strips = (block.columns + kPoolStrip - 1) / kPoolStrip;
   const float per_strips = 1.0f / strips, per_rows = 1.0f / block.rows;
-  for (int i = thread_index(); i < block.images * block.rows * strips * kStageUnits; i += kThreads) {
+  NO_UNROLL for (int i = thread_index(); i < block.images * block.rows * strips * kStageUnits; i += kThreads) {
     const int unit = i % kStageUnits, strip = i / kStageUnits;
     const int line = quotient(strip, per_strips), image = quotient(line, per_rows);
     const int y = line - image * block.rows, begin = (strip - line * strips) * kPoolStrip;
@@ -170,7 +170,7 @@ DEVICE void pool_stage(const Plan &plan, const Block &block, const Region &regio
       return found;
     };
     Unit here = column(begin), left = region_x + begin > 0 ? column(begin - 1) : here;
-    for (int x = begin; x < end; x++) {
+    NO_UNROLL for (int x = begin; x < end; x++) {
       const Unit right = region_x + x + 1 < region.width ? column(x + 1) : here;
       Unit found = larger_unit<T>(larger_unit<T>(left, here), right);
       if constexpr (T::kElement == Element::kTf32) {
@@ -313,9 +313,14 @@ template <class T> struct Octet {
   static constexpr int kUnits = 8 * T::kBytes / kUnitBytes;
   Unit units[kUnits];
 
-  DEVICE std::uint32_t element(int index) const {
-    if constexpr (T::kBytes == 4) return units[index / 4].words[index % 4];
-    return units[0].words[index / 2] >> (index % 2 * 16) & 0xffffu;
+  DEVICE std::uint32_t first() const { return units[0].words[0]; }
+
+  DEVICE void drop_first() {
+    UNROLL for (int word = 0; word < 4 * kUnits; word++) {
+      std::uint32_t &bits = units[word / 4].words[word % 4];
+      const std::uint32_t next = word + 1 < 4 * kUnits ? units[(word + 1) / 4].words[(word + 1) % 4] : 0;
+      bits = T::kBytes == 4 ? next : bits >> 16 | next << 16;
+    }
   }
 
   // Channels from ``count`` on become zero.
@@ -382,9 +387,11 @@ DEVICE void store_out(const Params &p, const Block &block, const Pixel &pixel, c
     return;
   }
   using Bits = std::conditional_t<T::kBytes == 2, std::uint16_t, std::uint32_t>;
-  UNROLL for (int i = 0; i < kUnitColumns; i++) {
-    Bits *to_channel = reinterpret_cast<Bits *>(out + i * p.out_strides[3] * T::kBytes);
-    if (i < to.count) store_element(to_channel, static_cast<Bits>(octet.element(i)));
+  Octet<T> left = octet;
+  NO_UNROLL for (int i = 0; i < to.count; i++) { // a loop, since code that is not run must be fetched all the same
+    store_element(reinterpret_cast<Bits *>(out), static_cast<Bits>(left.first()));
+    left.drop_first();
+    out += p.out_strides[3] * T::kBytes;
   }
 }
 
