@@ -409,18 +409,10 @@ def _library_ninja(nvcc: Nvcc, torch: Torch, codes: Sequence[str], output: Path,
     host = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", *WARNINGS]
     gencode = [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]
     device = [
-        *(
-            nvcc.path,
-            "-O3",
-            "-std=c++20",
-            "--expt-relaxed-constexpr",
-            "-lineinfo",
-            "-Wno-deprecated-gpu-targets",
-            "-Xptxas",
-            "-v",
-        ),
-        *("-Xcompiler", ",".join(host), "-cudart", "static", f"--threads={threads}", *gencode),
+        nvcc.path,
+        *"-O3 -std=c++20 --expt-relaxed-constexpr -Wno-deprecated-gpu-targets -Xptxas -v -cudart static".split(),
     ]
+    device += ["-Xcompiler", ",".join(host), f"--threads={threads}", *gencode]
     # ptxas' statistics stay in a file beside the object, for the audit; warnings and errors are shown.
     keep = f"> $out.log 2>&1; code=$$?; grep -Ev {quoted([PTXAS_STATISTICS])} $out.log; exit $$code"
     ninja.rule(
@@ -433,23 +425,9 @@ def _library_ninja(nvcc: Nvcc, torch: Torch, codes: Sequence[str], output: Path,
     cxx += [word for path in (torch.folder / "include", *nvcc.includes) for word in ("-isystem", str(path))]
     ninja.rule("host", f"{quoted(cxx)} -MD -MF $out.d -c $in -o $out", "c++ $name", "depfile = $out.d", "deps = gcc")
     # torch itself is loaded already when this is. A build of it for CPUs has all names but the one that is weak.
-    libraries = [
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-Wl,--as-needed",
-        "-lcudart_static",
-        "-lrt",
-        "-lpthread",
-        "-ldl",
-    ]
-    link = [
-        *find_cxx(),
-        "-shared",
-        "-Wl,--exclude-libs,ALL",
-        "-Wl,-z,defs",
-        *(f"-L{path}" for path in (torch.folder / "lib", *nvcc.libraries)),
-    ]
+    libraries = "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -lcudart_static -lrt -lpthread -ldl".split()
+    folders = [f"-L{path}" for path in (torch.folder / "lib", *nvcc.libraries)]
+    link = [*find_cxx(), "-shared", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs", *folders]
     ninja.rule("link", f"{quoted(link)} -o $out $in {quoted(libraries)}", "link $out")
     for path in sorted((CSRC / "inception").rglob("*.cu")):
         ninja.compile("device", path, folder / f"{path.stem}.o")
