@@ -48,6 +48,17 @@ BYTES_A_JOB = 3 * 2**30
 """What nvcc may take for one architecture."""
 
 WARNINGS = ("-Wall", "-Wextra")
+NVCC_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "--expt-relaxed-constexpr",
+    "-Wno-deprecated-gpu-targets",
+    "-Xptxas",
+    "-v",
+    "-cudart",
+    "static",
+)
+LINKED = ("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed", "-lcudart_static", "-lrt", "-lpthread", "-ldl")
 PTXAS_STATISTICS = r"^(ptxas info|nvlink info| +[0-9]+ bytes stack frame|$)"
 
 
@@ -408,10 +419,7 @@ def _library_ninja(nvcc: Nvcc, torch: Torch, codes: Sequence[str], output: Path,
     ninja = NinjaFile()
     host = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", *WARNINGS]
     gencode = [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]
-    device = [
-        nvcc.path,
-        *"-O3 -std=c++20 --expt-relaxed-constexpr -Wno-deprecated-gpu-targets -Xptxas -v -cudart static".split(),
-    ]
+    device = [nvcc.path, *NVCC_FLAGS]
     device += ["-Xcompiler", ",".join(host), f"--threads={threads}", *gencode]
     # ptxas' statistics stay in a file beside the object, for the audit; warnings and errors are shown.
     keep = f"> $out.log 2>&1; code=$$?; grep -Ev {quoted([PTXAS_STATISTICS])} $out.log; exit $$code"
@@ -424,11 +432,10 @@ def _library_ninja(nvcc: Nvcc, torch: Torch, codes: Sequence[str], output: Path,
     cxx = [*find_cxx(), "-O2", "-std=c++20", *host, "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     cxx += [word for path in (torch.folder / "include", *nvcc.includes) for word in ("-isystem", str(path))]
     ninja.rule("host", f"{quoted(cxx)} -MD -MF $out.d -c $in -o $out", "c++ $name", "depfile = $out.d", "deps = gcc")
-    # torch itself is loaded already when this is. A build of it for CPUs has all names but the one that is weak.
-    libraries = "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -lcudart_static -lrt -lpthread -ldl".split()
+    # torch is loaded already when this is, so no path to it is noted. A torch for CPUs has all names but the one that is weak.
     folders = [f"-L{path}" for path in (torch.folder / "lib", *nvcc.libraries)]
     link = [*find_cxx(), "-shared", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs", *folders]
-    ninja.rule("link", f"{quoted(link)} -o $out $in {quoted(libraries)}", "link $out")
+    ninja.rule("link", f"{quoted(link)} -o $out $in {quoted(LINKED)}", "link $out")
     for path in sorted((CSRC / "inception").rglob("*.cu")):
         ninja.compile("device", path, folder / f"{path.stem}.o")
     for path in [CSRC / "binding.cpp", *sorted((CSRC / "inception").glob("*.cpp"))]:
