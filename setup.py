@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Command, Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "error: this setuptools is too old: pip install --upgrade setuptools, or leave out --no-build-isolation"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = Path("googlenet_fused", "backends", "cuda")
