@@ -1,0 +1,595 @@
+"""How the native parts are built: for what, with what, what is said where they cannot be, and the wheel that comes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from googlenet_fused.backends.cuda import native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
+assert _spec is not None
+assert _spec.loader is not None
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
+
+
+def missing(find: Callable[[], object]) -> str | None:
+    """Why what ``find`` looks for is not there, or None."""
+    try:
+        find()
+    except build.MissingTool as error:
+        return str(error)
+    return None
+
+
+no_nvcc = missing(build.find_nvcc)
+no_ninja = missing(build.find_ninja)
+no_cxx = missing(build.find_cxx)
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ("8.0", ["sm_80"]),
+        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
+        (" 8.6  8.9 ", ["sm_86", "sm_89"]),
+        ("9.0a;10.0f+PTX", ["sm_90a", "sm_100f", "compute_100f"]),
+        ("8.0;8.0+PTX;8.0", ["sm_80", "compute_80"]),
+        ("5.2 7.5 8.6+PTX", ["sm_86", "compute_86"]),
+        ("Ampere", ["sm_80", "sm_86", "compute_86"]),
+        ("Ampere+PTX;Hopper", ["sm_80", "sm_86", "compute_86", "sm_90", "compute_90"]),
+        (build.WHEEL_ARCHS, ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]),
+    ],
+)
+def test_arch_lists_are_read_as_torch_reads_them(text: str, codes: list[str]) -> None:
+    assert build.parse_archs(text) == codes
+
+
+@pytest.mark.parametrize("text", ["sm_80", "80", "8", "8.0,9.0", "8.0+ptx", "8.0;hopper", "all", "9.0b"])
+def test_nonsense_in_an_arch_list_is_named(text: str) -> None:
+    with pytest.raises(
+        build.BuildError, match=r"^MY_LIST: '.+' is no architecture; write for example \"8\.0;9\.0\+PTX\""
+    ) as caught:
+        build.parse_archs(text, "MY_LIST")
+    assert repr(text.rpartition(";")[2]) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["7.5", "6.0;7.0+PTX", "", " ; "])
+def test_an_arch_list_without_a_usable_one_is_refused(text: str) -> None:
+    with pytest.raises(build.BuildError, match=r"holds no architecture that the kernels run on, which is 8\.0 and later"):
+        build.parse_archs(text)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "text"),
+    [
+        (["9.0"], "9.0+PTX"),
+        (["9.0", "8.6", "9.0"], "8.6;9.0+PTX"),
+        (["7.5", "8.0"], "8.0+PTX"),
+        (["7.5"], ""),
+        ([], ""),
+        (["[N/A]"], ""),
+    ],
+)
+def test_the_visible_gpus_make_an_arch_list(capabilities: list[str], text: str) -> None:
+    assert build.archs_of(capabilities) == text
+
+
+@pytest.mark.parametrize(
+    ("asked", "listed", "gpus", "codes"),
+    [
+        ("8.9", "8.6", ["9.0"], ["sm_89"]),
+        ("all", "8.6", [], build.parse_archs(build.WHEEL_ARCHS)),
+        (None, "8.6", ["9.0"], ["sm_86"]),
+        (None, "  ", ["12.0"], ["sm_120", "compute_120"]),
+        (None, None, [], ["sm_80", "sm_90", "compute_90"]),
+        (None, None, ["7.0"], ["sm_80", "sm_90", "compute_90"]),
+    ],
+)
+def test_archs_are_those_asked_for_then_listed_then_here(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, listed: str | None, gpus: list[str], codes: list[str]
+) -> None:
+    monkeypatch.setattr(build, "visible_capabilities", lambda: gpus)
+    assert build.choose_archs(asked, {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}) == codes
+
+
+def test_a_wrong_list_in_the_environment_is_named() -> None:
+    with pytest.raises(build.BuildError, match=r"^TORCH_CUDA_ARCH_LIST: 'Kepler' is no architecture"):
+        build.choose_archs(None, {"TORCH_CUDA_ARCH_LIST": "8.0 Kepler"})
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory", "jobs"),
+    [
+        (8, None, 8),
+        (8, 64 * GIB, 8),
+        (8, 12 * GIB, 4),
+        (8, 12 * GIB - 1, 3),
+        (64, 7 * GIB, 2),
+        (4, GIB, 1),
+        (4, 0, 1),
+        (1, 64 * GIB, 1),
+    ],
+)
+def test_jobs_are_capped_by_processors_and_memory(cpus: int, memory: int | None, jobs: int) -> None:
+    assert build.job_limit(cpus, memory) == jobs
+
+
+def machine(folder: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 33554432 kB\nMemFree: 1 kB\nMemAvailable: 16777216 kB\n"}  # 32 and 16 GiB
+STAT = "anon 1\ninactive_file {}\nactive_file 7\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "gib"),
+    [
+        ({}, None),
+        (MEMINFO, 16),
+        (
+            MEMINFO
+            | {"sys/fs/cgroup/memory.max": f"{8 * GIB}", "sys/fs/cgroup/memory.current": f"{5 * GIB}"}
+            | {"sys/fs/cgroup/memory.stat": STAT.format(GIB)},
+            4,
+        ),
+        (
+            MEMINFO
+            | {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": f"{5 * GIB}"}
+            | {"sys/fs/cgroup/memory.stat": STAT.format(0)},
+            16,
+        ),
+        (
+            MEMINFO
+            | {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{6 * GIB}",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}",
+            }
+            | {"sys/fs/cgroup/memory/memory.stat": STAT.format(0)},
+            5,
+        ),
+        (
+            {"sys/fs/cgroup/memory.max": f"{GIB}", "sys/fs/cgroup/memory.current": f"{2 * GIB}"}
+            | {"sys/fs/cgroup/memory.stat": STAT.format(0)},
+            0,
+        ),
+    ],
+    ids=["unknown", "machine", "group", "group without a limit", "old group", "group over its limit"],
+)
+def test_free_memory_is_that_of_the_control_group_if_less(tmp_path: Path, files: dict[str, str], gib: int | None) -> None:
+    assert build.free_memory(machine(tmp_path, files)) == (None if gib is None else gib * GIB)
+
+
+def test_jobs_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(build, "free_memory", lambda: 9 * GIB)
+    assert build.choose_jobs(None, {}) == 3
+    assert build.choose_jobs(None, {"MAX_JOBS": " "}) == 3
+    assert build.choose_jobs(None, {"MAX_JOBS": "11"}) == 11
+    assert build.choose_jobs(5, {"MAX_JOBS": "11"}) == 5
+    for asked, environment, named in [
+        (0, {}, "--jobs: '0'"),
+        (-1, {}, "--jobs: '-1'"),
+        (None, {"MAX_JOBS": "many"}, "MAX_JOBS: 'many'"),
+    ]:
+        with pytest.raises(build.BuildError, match=rf"^{named} is no number of jobs; it is to be 1 or more"):
+            build.choose_jobs(asked, environment)
+
+
+def fake_nvcc(folder: Path, version: str = "13.1.4") -> Path:
+    """A CUDA toolkit whose compiler only says what it is."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    said = f"Cuda compilation tools, release {version.rpartition('.')[0]}, V{version}"
+    dry = f'#$ TOP={folder}\n#$ INCLUDES="-I{folder}/some include" \n#$ LIBRARIES= "-L{folder}/stubs" "-L{folder}/lib"'
+    nvcc.write_text(
+        f"#!/bin/sh\ncase $1 in\n--version) echo '{said}';;\n--list-gpu-code) printf 'sm_80\\nsm_90\\n';;\n"
+        f"*) cat >&2 <<'END'\n{dry}\nEND\n;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_nvcc_is_looked_for_in_order_and_asked_where_its_files_are(tmp_path: Path) -> None:
+    home, path, on_path, fallback = (fake_nvcc(tmp_path / name) for name in ("home", "path", "on_path", "fallback"))
+    environment = {"CUDA_HOME": str(home), "CUDA_PATH": str(path), "PATH": f"{on_path / 'bin'}:{os.environ['PATH']}"}
+    for expected, gone in [(home, "CUDA_HOME"), (path, "CUDA_PATH"), (on_path, "PATH"), (fallback, None)]:
+        found = build.find_nvcc(environment, fallback)
+        assert found.path == str(expected / "bin" / "nvcc")
+        assert found.version == "13.1.4"
+        assert found.includes == [f"{expected}/some include"]
+        assert found.libraries == [f"{expected}/stubs", f"{expected}/lib"]
+        assert found.codes == ["sm_80", "sm_90"]
+        environment = {name: value for name, value in environment.items() if name != gone} | (
+            {"PATH": ""} if gone == "PATH" else {}
+        )
+
+
+def test_no_nvcc_is_said_with_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(build.MissingTool) as caught:
+        build.find_nvcc({"PATH": "", "CUDA_HOME": str(tmp_path / "moved")}, tmp_path / "cuda")
+    looked = f"CUDA_HOME ({tmp_path}/moved), CUDA_PATH (not set), the PATH, {tmp_path}/cuda"
+    assert str(caught.value) == f"no nvcc: looked in {looked}. Install the CUDA toolkit 12 or later, or set CUDA_HOME"
+
+
+def test_an_nvcc_that_is_too_old_or_broken_is_said(tmp_path: Path) -> None:
+    with pytest.raises(
+        build.MissingTool, match=r"old/bin/nvcc is version 11\.8\.89, which is too old: 12\.0 or later is needed"
+    ):
+        build.find_nvcc({"CUDA_HOME": str(fake_nvcc(tmp_path / "old", "11.8.89"))})
+    broken = fake_nvcc(tmp_path / "broken")
+    (broken / "bin" / "nvcc").write_text("#!/bin/sh\necho 'no such file: cicc' >&2\nexit 1\n")
+    with pytest.raises(build.MissingTool, match=r"broken/bin/nvcc --version does not say its version: no such file: cicc"):
+        build.find_nvcc({"CUDA_HOME": str(broken)})
+
+
+def test_an_arch_that_nvcc_does_not_know_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda")))
+    with pytest.raises(
+        build.BuildError, match=r"nvcc 13\.1\.4 does not know sm_120, compute_120, only sm_80 sm_90: name others"
+    ):
+        build.build_library("8.0;12.0+PTX", tmp_path / "library.so", folder=tmp_path / "build")
+
+
+def test_no_compiler_is_said() -> None:
+    with pytest.raises(build.MissingTool, match=r"no C\+\+ compiler: neither g\+\+ nor c\+\+ is on the PATH"):
+        build.find_cxx({"PATH": ""})
+    with pytest.raises(build.MissingTool, match=r"no C\+\+ compiler: CXX is 'g\+\+-99', which is not there"):
+        build.find_cxx({"PATH": os.environ["PATH"], "CXX": "g++-99 -m64"})
+
+
+def test_torch_is_found_without_importing_it() -> None:
+    program = (
+        "import runpy, sys; facts = runpy.run_path(sys.argv[1]); torch = facts['find_torch']();"
+        "print(torch.version); assert 'torch' not in sys.modules; assert (torch.folder / 'lib').is_dir()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, ROOT / "csrc" / "build.py"], capture_output=True, text=True, check=True
+    )
+    import torch
+
+    assert found.stdout.strip() == torch.__version__
+
+
+def test_the_choice_of_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> None:
+        raise build.MissingTool("no nvcc: looked in vain")
+
+    monkeypatch.setattr(build, "find_torch", lambda: None)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    for choice in (None, "", "auto", "cuda"):
+        assert build.why_without(choice) is None
+    assert build.why_without("none") == "it was left out by GOOGLENET_FUSED_BUILD=none"
+    for choice in ("yes", "CUDA", "0", "all"):
+        with pytest.raises(
+            build.BuildError, match=rf"^GOOGLENET_FUSED_BUILD is '{choice}'; it is to be one of auto, cuda, none$"
+        ):
+            build.why_without(choice)
+    for tool in ("find_torch", "find_nvcc"):
+        with monkeypatch.context() as patch:
+            patch.setattr(build, tool, nothing)
+            assert build.why_without("auto") == "no nvcc: looked in vain"
+            assert build.why_without("none") is not None
+            with pytest.raises(
+                build.BuildError, match=r"^GOOGLENET_FUSED_BUILD=cuda, but the library cannot be built: no nvcc"
+            ):
+                build.why_without("cuda")
+
+
+def test_an_installation_without_it_says_so_and_leaves_what_was_built_in_place(tmp_path: Path) -> None:
+    library, facts = tmp_path / native.LIBRARY, tmp_path / native.FACTS
+    library.write_text("built")
+    facts.write_text("facts")
+    build.install_library(tmp_path, "it was left out", in_place=True)
+    assert (library.read_text(), facts.read_text()) == ("built", "facts")
+    build.install_library(tmp_path, "it was left out", in_place=False)
+    assert not library.exists()
+    assert json.loads(facts.read_text()) == {"built": False, "reason": "it was left out"}
+
+
+def test_a_failed_build_of_an_installation_says_how_to_go_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**arguments: object) -> None:
+        raise build.BuildError("the build failed")
+
+    monkeypatch.setattr(build, "build_library", fails)
+    with pytest.raises(
+        build.BuildError, match=r"^the build failed\nGOOGLENET_FUSED_BUILD=none installs googlenet_fused without"
+    ):
+        build.install_library(tmp_path, None, in_place=False)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--if-possible"]])
+def test_the_command_fails_or_skips_without_a_tool(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def nothing() -> None:
+        raise build.MissingTool("no nvcc: looked in vain")
+
+    monkeypatch.setattr(build, "find_nvcc", nothing)
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    code = build.main(["cuda", *arguments])
+    out, err = capsys.readouterr()
+    if arguments:
+        assert (code, out, err) == (0, "==> skipped cuda: no nvcc: looked in vain\n", "")
+        assert json.loads((tmp_path / native.FACTS).read_text()) == {"built": False, "reason": "no nvcc: looked in vain"}
+    else:
+        assert (code, out, err) == (1, "", "error: no nvcc: looked in vain\n")
+        assert not (tmp_path / native.FACTS).exists()
+
+
+def test_ninja_files_keep_odd_paths_whole() -> None:
+    ninja = build.NinjaFile()
+    ninja.rule("host", build.quoted(["c++", "-I/a b/$c"]), "c++ $name")
+    ninja.compile("host", Path("/a b/c:d$.cpp"), Path("/o/c d.o"))
+    ninja.link(Path("/o/e f.so"))
+    lines = ninja.text(3).splitlines()
+    assert "  command = c++ '-I/a b/$$c'" in lines
+    assert "build /o/c$ d.o: host /a$ b/c$:d$$.cpp" in lines
+    assert "build /o/e$ f.so: link /o/c$ d.o" in lines
+    assert lines[lines.index("pool device") + 1] == "  depth = 3"
+
+
+SIMULATION = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(_host_sim, m) { m.def("answer", [] { return ANSWER; }); }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(no_ninja or no_cxx), reason=str(no_ninja or no_cxx))
+@pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="needs pybind11")
+def test_a_simulation_of_other_sources_is_built_again_only_where_they_change(tmp_path: Path) -> None:
+    csrc, folder = tmp_path / "changed csrc", tmp_path / "a folder"
+    machine(csrc, {"host_sim/module.cpp": SIMULATION, "inception/tile_plan.cpp": "", "inception/fill_params.cpp": ""})
+
+    def answer(*defines: str) -> int:
+        module = build.build_simulation(csrc=csrc, folder=folder, defines=defines, show=False)
+        assert module.parent == folder
+        program = "import sys; sys.path.insert(0, sys.argv[1]); import _host_sim; print(_host_sim.answer())"
+        return int(subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True).stdout)
+
+    def stamps() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.o")}
+
+    assert answer("ANSWER=41") == 41
+    first = stamps()
+    assert first.keys() == {"module.o", "tile_plan.o", "fill_params.o"}
+    assert answer("ANSWER=41") == 41
+    assert stamps() == first
+    (csrc / "inception" / "tile_plan.cpp").write_text("int changed;\n")
+    assert answer("ANSWER=41") == 41
+    assert {name for name, stamp in stamps().items() if stamp != first[name]} == {"tile_plan.o"}
+    assert answer("ANSWER=42") == 42
+    with pytest.raises(build.BuildError, match=r"ANSWER.* was not declared"):
+        answer()
+
+
+def package_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, checkout: bool = False, **files: str) -> Path:
+    """Lets ``native`` look at a package, or a checkout, in ``folder``."""
+    package = folder / "package"
+    package.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (package / {"facts": native.FACTS, "library": native.LIBRARY}[name]).write_text(text)
+    monkeypatch.setattr(native, "FOLDER", package)
+    monkeypatch.setattr(native, "SOURCES", folder / "csrc")
+    monkeypatch.setattr(native, "_loaded", False)
+    if checkout:
+        machine(folder / "csrc", {"inception/params.h": "// one", "inception/deep/a.cu": "// two", "binding.cpp": "// three"})
+    return package
+
+
+FACTS = {"built": True, "archs": ["sm_80"], "nvcc": "13.0.88", "torch": "2.14.1", "source": "?", "seconds": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, r"^this installation was made without the native library: .*GOOGLENET_FUSED_BUILD=cuda pip install"),
+        ({"facts": json.dumps({"built": False, "reason": "no nvcc"})}, "^no nvcc; .*GOOGLENET_FUSED_BUILD=cuda pip install"),
+        ({"facts": json.dumps({"built": False})}, "^it was not built; "),
+        ({"facts": "{"}, r"build\.json cannot be read \(Expecting.*\): .* anew$"),
+        ({"facts": "[]"}, r"build\.json cannot be read"),
+        ({"facts": "{}"}, r"build\.json cannot be read"),
+        ({"facts": json.dumps(FACTS)}, rf"{native.LIBRARY} is missing: .* anew$"),
+    ],
+)
+def test_why_the_library_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], reason: str
+) -> None:
+    package_in(tmp_path, monkeypatch, **files)
+    facts = native.build_facts()
+    assert not facts["built"]
+    assert re.search(reason, facts["reason"])
+    assert native.load() == facts["reason"]
+
+
+def test_facts_of_a_library_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package_in(tmp_path, monkeypatch, facts=json.dumps(FACTS), library="")
+    assert native.build_facts() == FACTS
+
+
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = package_in(tmp_path, monkeypatch, checkout=True)
+    assert native.build_facts()["reason"] == "this installation was made without the native library: `make native` builds it"
+    current = FACTS | {"source": native.source_hash(tmp_path / "csrc")}
+    package_in(tmp_path, monkeypatch, facts=json.dumps(current), library="no library")
+    assert native.build_facts() == current
+    for name in ("inception/params.h", "inception/deep/a.cu", "binding.cpp"):
+        path = tmp_path / "csrc" / name
+        before = path.read_text()
+        path.write_text(before + " changed")
+        facts = native.build_facts()
+        assert not facts["built"]
+        assert facts["reason"] == "csrc/ has changed since the library was built: `make native` builds it anew"
+        assert facts["archs"] == ["sm_80"]
+        path.write_text(before)
+    machine(tmp_path / "csrc", {"host_sim/simulation.cpp": "", "inception/notes.md": ""})
+    assert native.build_facts()["built"]
+    reason = native.load()
+    assert reason is not None
+    assert reason.startswith("the native library does not load: ")
+    assert str(package / native.LIBRARY) in reason
+    assert "built with torch 2.14.1, here is " in reason
+
+
+def test_facts_need_no_torch() -> None:
+    program = "import runpy, sys; print(runpy.run_path(sys.argv[1])['build_facts']()); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program, native.__file__], capture_output=True, check=True)
+
+
+def sources(folder: Path) -> Path:
+    """What a wheel is made of. ``csrc`` is this checkout's own, so that its objects need not be compiled again."""
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(
+        ROOT / "googlenet_fused", folder / "googlenet_fused", ignore=shutil.ignore_patterns("__pycache__", "*.so", "build.json")
+    )
+    (folder / "csrc").symlink_to(ROOT / "csrc")
+    return folder
+
+
+def make(what: str, tree: Path, **environment: str) -> Path:
+    """Builds a wheel or an sdist as a user would, and returns it."""
+    command = [sys.executable, "-m", "build", f"--{what}", "--no-isolation", "--outdir", tree.parent / "dist", tree]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (tree.parent / "dist").iterdir()
+    return made
+
+
+def environment_with(wheel: Path, folder: Path) -> Path:
+    """The Python of a virtual environment that has the wheel, and all that is in this one but this package."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    (site / "these.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    return python
+
+
+needs_build = pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs build")
+
+USE = """
+import json, sys
+from pathlib import Path
+import torch
+import googlenet_fused
+from googlenet_fused.backends.cuda import native
+
+assert Path(sys.prefix) in Path(googlenet_fused.__file__).parents, googlenet_fused.__file__
+facts = native.build_facts()
+reason = native.load()
+module = googlenet_fused.FusedInception(16, 8, 8, 8, 8, 8, 8).eval()
+with torch.inference_mode():
+    answer = module(torch.ones(1, 16, 5, 5))
+assert answer.shape == (1, 32, 5, 5) and answer.isfinite().all()
+said = None
+if reason is None:
+    ops = torch.ops.googlenet_fused_cuda
+    said = ops.plan([0, 1, 28, 28, 192, 64, 96, 128, 16, 32, 32, 5], [132, 232448])
+    try:
+        ops.inception(*(torch.empty(1, device="meta") for _ in range(3)), [1], [], torch.empty(1, device="meta"))
+    except RuntimeError as error:
+        said = [said, str(error)]
+assert not torch.cuda.is_initialized()
+print(json.dumps([facts, reason, said]))
+"""
+
+
+def run(python: Path, *arguments: str, cwd: Path) -> Any:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@needs_build
+@pytest.mark.skipif(bool(no_nvcc or no_ninja or no_cxx), reason=str(no_nvcc or no_ninja or no_cxx))
+def test_a_wheel_with_the_library(tmp_path: Path) -> None:
+    wheel = make("wheel", sources(tmp_path / "tree"), GOOGLENET_FUSED_BUILD="cuda")
+    assert wheel.name.endswith(f"-py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    folder = "googlenet_fused/backends/cuda"
+    assert {f"{folder}/{name}" for name in (native.LIBRARY, native.FACTS, "native.py")} <= set(names)
+    assert [name for name in names if name.endswith(".so")] == [f"{folder}/{native.LIBRARY}"]
+    assert not [name for name in names if "csrc" in name or name.startswith("build")]
+
+    python = environment_with(wheel, tmp_path / "venv")
+    facts, reason, said = run(python, "-c", USE, cwd=tmp_path)
+    assert reason is None
+    assert facts["built"]
+    assert facts["archs"] == build.choose_archs(None)
+    assert facts["source"] == native.source_hash(ROOT / "csrc")
+    assert said[0]
+    assert said[1] == "googlenet_fused_cuda: x is [1]; it is to be [n, in_channels, h, w]"
+    doctor = run(python, "-m", "googlenet_fused", "doctor", "--json", cwd=tmp_path)
+    assert "cuda" in doctor["backends"]
+
+
+@pytest.mark.slow
+@needs_build
+def test_a_wheel_without_the_library(tmp_path: Path) -> None:
+    tree = sources(tmp_path / "tree")
+    cuda = tree / "googlenet_fused" / "backends" / "cuda"
+    for name in (native.LIBRARY, "_host_sim.so"):  # as "make native" leaves them
+        (cuda / name).write_text("built in place")
+    build.write_facts(cuda, {"built": True})
+    wheel = make("wheel", tree, GOOGLENET_FUSED_BUILD="none")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert (cuda / native.LIBRARY).read_text() == "built in place"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+    python = environment_with(wheel, tmp_path / "venv")
+    facts, reason, _ = run(python, "-c", USE, cwd=tmp_path)
+    assert not facts["built"]
+    assert reason == facts["reason"]
+    assert reason.startswith("it was left out by GOOGLENET_FUSED_BUILD=none; ")
+    assert run(python, "-m", "googlenet_fused", "doctor", "--json", cwd=tmp_path)["backends"]["cuda"]["available"] is False
+
+
+@pytest.mark.slow
+@needs_build
+def test_an_sdist_has_the_sources_and_nothing_that_was_built(tmp_path: Path) -> None:
+    tree = sources(tmp_path / "tree")
+    (tree / "csrc").unlink()
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    cuda = tree / "googlenet_fused" / "backends" / "cuda"
+    (cuda / native.LIBRARY).write_text("built in place")
+    build.write_facts(cuda, {"built": True})
+    made = make("sdist", tree, GOOGLENET_FUSED_BUILD="none")
+    shutil.unpack_archive(made, tmp_path / "unpacked")
+    (top,) = (tmp_path / "unpacked").iterdir()
+    wanted = {
+        path.relative_to(tree) for path in (tree / "csrc").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert wanted <= {path.relative_to(top) for path in top.rglob("*")}
+    assert native.source_hash(top / "csrc") == native.source_hash(ROOT / "csrc")
+    assert not list(top.rglob("*.so"))
+    assert not list(top.rglob(native.FACTS))
