@@ -58,7 +58,19 @@ NVCC_FLAGS = (
     "-cudart",
     "static",
 )
-LINKED = ("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed", "-lcudart_static", "-lrt", "-lpthread", "-ldl")
+LINKED = (
+    "-lstdc++",
+    "-Wl,--no-as-needed",
+    "-ltorch",
+    "-ltorch_cpu",
+    "-Wl,--as-needed",
+    "-lcudart_static",
+    "-lrt",
+    "-lpthread",
+    "-ldl",
+)
+"""The C++ library first, because torch gives away parts of the one that it was built with."""
+
 PTXAS_STATISTICS = r"^(ptxas info|nvlink info| +[0-9]+ bytes stack frame|$)"
 
 
