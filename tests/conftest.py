@@ -71,8 +71,19 @@ def warnings_of_inference_tensors(caplog: pytest.LogCaptureFixture) -> Iterator[
     parameter_cache._warn_of_inference_tensors.cache_clear()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extra", action="store_true", help="also the tests that take minutes each, last of all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def lateness(item: pytest.Item) -> int:
+        return 2 if item.get_closest_marker("extra") else 1 if item.get_closest_marker("slow") else 0
+
+    items.sort(key=lateness)
+    if not config.getoption("--extra"):
+        for item in items:
+            if item.get_closest_marker("extra"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: --extra runs it"))
 
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
