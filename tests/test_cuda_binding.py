@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -272,7 +273,10 @@ def test_plans_are_kept_and_forgotten_from_many_threads() -> None:
 
 
 def output_of(*command: Any) -> str:
-    path = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    triton = importlib.util.find_spec("triton")  # which has tools of the CUDA toolkit
+    bundled = (triton and triton.submodule_search_locations) or []
+    folders = [os.environ["PATH"], "/usr/local/cuda/bin", *(f"{path}/backends/nvidia/bin" for path in bundled)]
+    path = shutil.which(command[0], path=os.pathsep.join(folders))
     if path is None:
         pytest.skip(f"needs {command[0]}")
     return subprocess.run([path, *command[1:]], capture_output=True, text=True, check=True).stdout
