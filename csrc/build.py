@@ -345,10 +345,8 @@ class NinjaFile:
         self.objects: list[Path] = []
 
     def rule(self, name: str, command: str, description: str, *more: str) -> None:
-        self.lines += [
-            f"rule {name}",
-            *(f"  {line}" for line in (f"command = {command}", f"description = {description}", *more)),
-        ]
+        settings = (f"command = {command}", f"description = {description}", *more)
+        self.lines += [f"rule {name}", *(f"  {line}" for line in settings)]
 
     def compile(self, rule: str, source: Path, to: Path) -> None:
         self.lines += [f"build {escaped(to)}: {rule} {escaped(source)}", f"  name = {source.name}"]
@@ -414,8 +412,11 @@ def build_library(
     threads = min(jobs, len({re.sub(r"\D", "", code) for code in codes}))
     if show:
         print(
-            f"==> {output.name} for {' '.join(codes)}, nvcc {nvcc.version}, torch {torch.version}, {jobs} at a time", flush=True
+            f"==> {output.name} for {' '.join(codes)}: nvcc {nvcc.version}, torch {torch.version}, {jobs} at a time", flush=True
         )
+    major = nvcc.version.partition(".")[0]
+    if show and torch.cuda and torch.cuda.partition(".")[0] != major:
+        print(f"    torch is built with CUDA {torch.cuda}; the library will want a driver for CUDA {major}", flush=True)
     before = output.stat().st_mtime_ns if output.exists() else None
     begin = time.monotonic()
     run_ninja(folder, _library_ninja(nvcc, torch, codes, output, folder, threads).text(jobs // threads), jobs, verbose, show)
