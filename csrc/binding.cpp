@@ -48,6 +48,15 @@ template <class... Parts> [[noreturn]] void fail(const Parts &...parts) {
   throw std::runtime_error(text.str());
 }
 
+// Calls the planner; what it refuses, it says in words of its own.
+template <class Call> auto asking(const Call &call) {
+  try {
+    return call();
+  } catch (const std::invalid_argument &refusal) {
+    fail(refusal.what());
+  }
+}
+
 template <class Values> std::string list(const Values &values) {
   std::ostringstream text;
   const char *separator = "";
@@ -147,7 +156,9 @@ Problem check(const Tensor &x, const Tensor &weights, const Tensor &bias, const 
     if (out_sizes[axis] > 1 && out_strides[axis] == 0)
       fail("out is expanded, its strides are ", list(out_strides), "; each of its elements is to have memory of its own");
   }
-  const PackedSizes packed = packed_sizes(problem);
+  Problem of_one_pixel = problem; // weights do not depend on the input's size, which may be zero
+  of_one_pixel.batch = of_one_pixel.height = of_one_pixel.width = 1;
+  const PackedSizes packed = asking([&] { return packed_sizes(of_one_pixel); });
   check_packed("weights", weights, ScalarType::Byte, packed.weight_bytes);
   check_packed("bias", bias, ScalarType::Float, packed.biases);
   return problem;
@@ -187,7 +198,7 @@ Plans &plans() {
   return *kept;
 }
 
-// The plan and the pointers as the kernel takes them. What the planner refuses it says with names of its own.
+// The plan and the pointers as the kernel takes them.
 Params params_of(const Problem &problem, const Device &device, const Tensor &x, const Tensor &weights, const Tensor &bias,
                  const std::optional<Tile> &tile, const Tensor &out) {
   Pointers pointers{};
@@ -195,14 +206,9 @@ Params params_of(const Problem &problem, const Device &device, const Tensor &x, 
   pointers.out = out.mutable_data_ptr();
   pointers.weights = weights.const_data_ptr();
   pointers.bias = static_cast<const float *>(bias.const_data_ptr());
-  if (reinterpret_cast<std::uintptr_t>(pointers.weights) % kUnitBytes) fail("weights do not begin on ", kUnitBytes, " bytes");
   std::copy_n(x.strides().begin(), 4, pointers.x_strides);
   std::copy_n(out.strides().begin(), 4, pointers.out_strides);
-  try {
-    return fill_params(problem, *plans().get(problem, device, tile), pointers);
-  } catch (const std::invalid_argument &refusal) {
-    fail(refusal.what());
-  }
+  return asking([&] { return fill_params(problem, *plans().get(problem, device, tile), pointers); });
 }
 
 void check_cuda(int error, const char *what) {
@@ -266,11 +272,8 @@ std::string plan(const Numbers &problem, const Numbers &device, const Numbers &t
   const Problem asked = problem_of(element, {problem[1], problem[2], problem[3]}, Numbers(problem.begin() + 4, problem.end()));
   if (is_empty(asked)) fail("there is no plan for an empty output");
   const Device on = {to_int("multiprocessors", device[0], 1, INT_MAX), to_int("shared memory", device[1], 0, INT_MAX)};
-  try {
-    return describe(asked, on, *plans().get(asked, on, tile_of(tile)));
-  } catch (const std::invalid_argument &refusal) {
-    fail(refusal.what());
-  }
+  const std::optional<Tile> wanted = tile_of(tile);
+  return asking([&] { return describe(asked, on, *plans().get(asked, on, wanted)); });
 }
 
 } // namespace
