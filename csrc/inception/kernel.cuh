@@ -97,7 +97,7 @@ DEVICE void load_stage(const Params &p, const Block &block, const Pass &pass, co
   const int columns = columns_of(pass);
   const unsigned char *weights =
       p.weights + product.weights + (static_cast<std::int64_t>(stage) * product.columns + pass.column) * kStageBytes;
-  const int units = least(columns, product.columns - pass.column) * kStageUnits;
+  const int units = least(columns, pass.end - pass.column) * kStageUnits;
   NO_UNROLL for (int i = thread_index(); i < columns * kStageUnits; i += kThreads) {
     copy_async(slot + i * kUnitBytes, weights + (i < units ? i * kUnitBytes : 0), i < units ? kUnitBytes : 0);
   }
@@ -365,9 +365,10 @@ struct Destination {
   int channel, count; // the first, and how many of the eight are wanted
 };
 
-DEVICE Destination destination_of(const Params &p, int product, int column) {
+DEVICE Destination destination_of(const Params &p, const Pass &pass, int column) {
   const Plan &plan = p.plan;
-  if (column >= plan.products[product].columns) return {-1, 0, 0};
+  const int product = pass.product;
+  if (column >= pass.end) return {-1, 0, 0};
   if (product != kShared || column < plan.shared_ends[0]) {
     return {-1, p.out_offsets[product] + column, least(p.out_widths[product] - column, kUnitColumns)};
   }
@@ -421,13 +422,13 @@ DEVICE void store_pass(const Params &p, const Block &block, const Pass &pass, st
   const Product &product = plan.products[pass.product];
   const Lane lane = lane_of<kRows>(pass);
   const Region region = kSource == Source::kInput ? region_around(p, block, pass.halo) : whole_tile(plan, block);
-  const Destination to = destination_of(p, pass.product, pass.column + lane.column + lane.index % 4 * kUnitColumns);
+  const Destination to = destination_of(p, pass, pass.column + lane.column + lane.index % 4 * kUnitColumns);
 
   float bias[4][2];
   UNROLL for (int j = 0; j < 4; j++) {
     const int column = pass.column + lane.column + j * kUnitColumns + lane.index % 4 * 2;
     UNROLL for (int q = 0; q < 2; q++) {
-      bias[j][q] = column < product.columns ? load_number(p.bias + product.bias + column + q) : 0.0f;
+      bias[j][q] = column < pass.end ? load_number(p.bias + product.bias + column + q) : 0.0f;
     }
   }
   UNROLL for (int i = 0; i < kRows; i++) {

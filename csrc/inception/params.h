@@ -71,6 +71,7 @@ struct Pass {
   std::uint8_t warp_rows; // 2, 4 or 8
   std::uint8_t halo;      // around the tile, of the rows of kShared
   std::int32_t row, column;
+  std::int32_t end; // columns from here on are other passes': zeros, and not stored
 };
 
 constexpr int rows_of(const Pass &pass) { return pass.row_fragments * kFragmentRows * pass.warp_rows; }
