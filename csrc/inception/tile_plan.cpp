@@ -20,6 +20,7 @@ constexpr int kMaxWidth = 1 << 24;          // of a convolution, so that bytes o
 constexpr int kMaxSide = 1 << 30;           // of an image
 constexpr int kMaxRowUnits = 41;            // the region of a tile of 1x256 pixels and 2 around it: 1300 rows in units of 32
 constexpr int kMaxGroups = 64;              // of columns that splits are made of
+constexpr int kMostConflicts = 5;           // per cent of wavefronts that are not worth more memory
 constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max() / 8;
 constexpr int kAnyRows = INT_MAX / 2;
 
@@ -137,6 +138,49 @@ int longest(int tile, int tiles, int side, int halo) {
   return static_cast<int>(found);
 }
 
+// Wavefronts in which ldmatrix reads a tile's pixels, whatever the tap and however they are ordered: eight at a time, each of which
+// has another index mod 8.
+int wavefronts(const Cut &cut, const Bottleneck &bottleneck) {
+  int of_line[8] = {}, of_image[8] = {}, counts[8] = {};
+  for (int x = 0; x < std::min(cut.columns, 8); x++) of_line[x] = (cut.columns - x + 7) / 8;
+  const auto add = [](int(&to)[8], const int(&from)[8], int times, int step) {
+    for (int i = 0; i < times; i++) {
+      for (int residue = 0; residue < 8; residue++) to[(residue + i * step) % 8] += from[residue];
+    }
+  };
+  add(of_image, of_line, cut.rows, bottleneck.row_pixels % 8);
+  add(counts, of_image, cut.images, bottleneck.image_pixels % 8);
+  const int eights = static_cast<int>(ceil_div(cut.pixels, 8)), last = cut.pixels - (eights - 1) * 8;
+  int most = eights, in_last = 0; // which has fewer than eight places
+  for (int count : counts) {
+    most = std::max(most, count);
+    in_last += std::max(count - (eights - 1), 0);
+  }
+  return std::max(most, in_last > last ? eights + 1 : eights);
+}
+
+// Distances of rows and images: those that take the least memory among those that take few wavefronts.
+void set_distances(const Cut &cut, Bottleneck &bottleneck) {
+  const int halo = bottleneck.halo, shared = cut.column_tiles == 1 ? 1 : 2;
+  Bottleneck tried = bottleneck;
+  int least_waves = INT_MAX, least_pixels = INT_MAX;
+  for (int row = 0; row < 8; row++) {
+    tried.row_pixels = cut.columns + shared * halo + row;
+    if (tried.row_pixels % 8 == 0) continue;
+    for (int image = 0; image < (cut.images > 1 ? 8 : 1); image++) {
+      tried.image_pixels = (cut.rows + halo) * tried.row_pixels + image;
+      const int pixels = (cut.images - 1) * tried.image_pixels + (cut.rows - 1 + 2 * halo) * tried.row_pixels + cut.columns + 2 * halo;
+      const int few = static_cast<int>(ceil_div(cut.pixels, 8)) * (100 + kMostConflicts) / 100;
+      const int waves = std::max(wavefronts(cut, tried), few);
+      if (waves > least_waves || (waves == least_waves && pixels >= least_pixels)) continue;
+      least_waves = waves;
+      least_pixels = pixels;
+      bottleneck.row_pixels = tried.row_pixels;
+      bottleneck.image_pixels = tried.image_pixels;
+    }
+  }
+}
+
 Cut cut_of(const Problem &problem, const Sizes &sizes, int images, int rows, int columns) {
   Cut cut = {};
   cut.images = images;
@@ -152,9 +196,7 @@ Cut cut_of(const Problem &problem, const Sizes &sizes, int images, int rows, int
   }
   for (int branch = 0; branch < 2; branch++) {
     Bottleneck bottleneck = sizes.bottlenecks[branch];
-    bottleneck.row_pixels = columns + (cut.column_tiles == 1 ? 1 : 2) * bottleneck.halo;
-    if (bottleneck.row_pixels % 8 == 0) bottleneck.row_pixels++;
-    bottleneck.image_pixels = (rows + bottleneck.halo) * bottleneck.row_pixels;
+    set_distances(cut, bottleneck);
     const std::int64_t pixels = std::int64_t{images - 1} * bottleneck.image_pixels +
                                 (rows - 1 + 2 * bottleneck.halo) * bottleneck.row_pixels + columns + 2 * bottleneck.halo;
     const std::int64_t bytes = pixels * bottleneck.pixel_bytes;
@@ -456,7 +498,8 @@ private:
   std::uint8_t cut_[kMaxSplits + 1][kMaxGroups + 1];
 };
 
-// Rows of a spatial product in an order in which each eight are different pixels mod 8, as far as there are such.
+// Rows of a spatial product in an order in which each eight are different pixels mod 8, as far as there are such. The first pixel
+// is the last of its residue, since rows past the last read it.
 void set_order(const Cut &cut, const Bottleneck &bottleneck, std::uint8_t (&order)[kMaxTilePixels]) {
   std::array<std::array<std::uint8_t, kMaxTilePixels>, 8> residues;
   int counts[8] = {}, taken[8] = {};
@@ -477,10 +520,12 @@ void set_order(const Cut &cut, const Bottleneck &bottleneck, std::uint8_t (&orde
         if (better) best = residue;
       }
       used[best] = true;
-      order[row] = residues[best][taken[best]++];
+      order[row] = residues[best][counts[best] - ++taken[best]];
     }
   }
 }
+
+std::string number_of(int count, const char *what) { return format("%d %s%s", count, what, count == 1 ? "" : "s"); }
 
 std::string name_of(const Tile &tile) {
   const std::string pixels = format("%dx%d pixels", tile.rows, tile.columns);
@@ -576,25 +621,38 @@ std::vector<int> lengths(int side) {
   return found;
 }
 
-template <class Take> void for_each_cut(const Problem &problem, const Sizes &sizes, const Take &take) {
+std::vector<Cut> cuts_of(const Problem &problem, const Sizes &sizes) {
+  std::vector<Cut> cuts;
   const std::int64_t image = std::int64_t{problem.height} * problem.width;
   for (std::int64_t images = std::min<std::int64_t>(kMaxTilePixels / image, problem.batch); images > 1; images--) {
     if (images > 8 && images % 8 != 0 && images != kMaxTilePixels / image) continue;
     if (ceil_div(problem.batch, ceil_div(problem.batch, images)) != images) continue;
-    take(cut_of(problem, sizes, static_cast<int>(images), problem.height, problem.width));
+    cuts.push_back(cut_of(problem, sizes, static_cast<int>(images), problem.height, problem.width));
   }
   for (int rows : lengths(problem.height)) {
     for (int columns : lengths(problem.width)) {
-      if (rows * columns <= kMaxTilePixels) take(cut_of(problem, sizes, 1, rows, columns));
+      if (rows * columns <= kMaxTilePixels) cuts.push_back(cut_of(problem, sizes, 1, rows, columns));
     }
   }
+  return cuts;
 }
 
-// Every tile with what it costs; ``cheap_enough(cut)`` may spare the work for a cut.
+// Cycles that tensor cores need for a cut's products, however they are shared out and however well everything else goes.
+double least_cycles(const Problem &problem, const Sizes &sizes, const Cut &cut, const Device &device) {
+  const double a_cycle = 16.0 * 8 * (kStepBytes / sizes.bytes) / kCostModel.mma;
+  double products = cut.pixels * sizes.wanted;
+  for (const Bottleneck &bottleneck : sizes.bottlenecks) {
+    products += double(cut.region_rows[bottleneck.halo] - cut.pixels) * problem.in_channels * bottleneck.channels;
+  }
+  return products / a_cycle * cut.tiles() / device.multiprocessors;
+}
+
+// Every tile with what it costs; none of a cut that ``skip(cut)`` does without.
 template <class Skip, class Take>
-void for_each_tile(const Problem &problem, const Sizes &sizes, const Device &device, const Skip &skip, const Take &take) {
-  for_each_cut(problem, sizes, [&](const Cut &cut) {
-    if (cut.tiles() > kMaxBlocks || cut.bottleneck_bytes >= device.shared_memory || skip(cut)) return;
+void for_each_tile(const Problem &problem, const Sizes &sizes, const Device &device, const std::vector<Cut> &cuts, const Skip &skip,
+                   const Take &take) {
+  for (const Cut &cut : cuts) {
+    if (cut.tiles() > kMaxBlocks || cut.bottleneck_bytes >= device.shared_memory || skip(cut)) continue;
     for (int stages = 4; stages >= 2; stages--) {
       std::optional<Covers> covers;
       std::optional<Splits> splits;
@@ -613,13 +671,23 @@ void for_each_tile(const Problem &problem, const Sizes &sizes, const Device &dev
         take(tile, cut, *covers, *splits, cycles_of(blocks, device, splits->cycles(count)));
       }
     }
-  });
+  }
 }
 
-// Cycles that tensor cores need for a cut's products, however they are shared out and however well everything else goes.
-double least_cycles(const Sizes &sizes, const Cut &cut, const Device &device) {
-  const double a_cycle = 16.0 * 8 * (kStepBytes / sizes.bytes) / kCostModel.mma;
-  return cut.tiles() * cut.pixels / a_cycle * sizes.wanted / device.multiprocessors;
+// Says why no cut fits: of those that are few enough blocks, what the one with the smallest bottlenecks wants.
+[[noreturn]] void refuse_all(const Problem &problem, const Device &device, const std::vector<Cut> &cuts) {
+  std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
+  const Cut *smallest = nullptr;
+  for (const Cut &cut : cuts) {
+    fewest = std::min(fewest, cut.tiles());
+    if (cut.tiles() <= kMaxBlocks && (!smallest || cut.bottleneck_bytes < smallest->bottleneck_bytes)) smallest = &cut;
+  }
+  if (!smallest) {
+    refuse("%d images of %dx%d pixels are %.0f blocks or more, at most %d", problem.batch, problem.height, problem.width,
+           double(fewest), INT_MAX);
+  }
+  plan_tile(problem, device, {smallest->images, smallest->rows, smallest->columns, 1, 2});
+  throw std::logic_error("a tile was overlooked");
 }
 
 } // namespace
@@ -638,8 +706,8 @@ Plan plan_tile(const Problem &problem, const Device &device, const Tile &tile) {
   const Cut cut = cut_of(problem, sizes, tile.images, tile.rows, tile.columns);
   const std::string name = name_of(tile);
   if (cut.tiles() > kMaxBlocks / tile.splits) {
-    refuse("tiles of %s in %d splits are %.0f blocks, at most %d", name.c_str(), tile.splits, double(cut.tiles()) * tile.splits,
-           INT_MAX);
+    refuse("tiles of %s in %s are %.0f blocks, at most %d", name.c_str(), number_of(tile.splits, "split").c_str(),
+           double(cut.tiles()) * tile.splits, INT_MAX);
   }
   if (cut.bottleneck_bytes >= device.shared_memory) {
     refuse("the bottlenecks of a tile of %s need %.0f bytes of shared memory, of which a block may have %d", name.c_str(),
@@ -656,11 +724,12 @@ Plan plan_tile(const Problem &problem, const Device &device, const Tile &tile) {
            tile.stages, (cut.region_rows[1] + columns_of_warps(8)) * kStageBytes, device.shared_memory);
   }
   const Splits splits(covers);
-  if (tile.splits > splits.most()) refuse("%d splits, but the output has only %d groups of columns", tile.splits, splits.most());
+  if (tile.splits > splits.most()) refuse("%d splits of %d groups of columns", tile.splits, splits.most());
   int passes = 0;
   std::optional<Plan> plan = make_plan(sizes, cut, covers, splits, tile, passes);
   if (!plan) {
-    refuse("the passes of tiles of %s in %d splits are %d, at most %d", name.c_str(), tile.splits, passes, kMaxPasses);
+    refuse("the passes of a tile of %s in %s are %d, at most %d", name.c_str(), number_of(tile.splits, "split").c_str(), passes,
+           kMaxPasses);
   }
   set_orders(cut, *plan);
   return *plan;
@@ -670,24 +739,29 @@ Plan plan_module(const Problem &problem, const Device &device) {
   const Sizes sizes = sizes_of(problem);
   check(device);
   check_widths(sizes);
+  std::vector<Cut> cuts = cuts_of(problem, sizes);
+  const auto bound = [&](const Cut &cut) { return least_cycles(problem, sizes, cut, device); };
+  std::stable_sort(cuts.begin(), cuts.end(), [&](const Cut &one, const Cut &other) { return bound(one) < bound(other); });
   std::optional<Plan> best;
+  const Cut *best_cut = nullptr;
   double best_cycles = 0;
-  const auto skip = [&](const Cut &cut) { return best && least_cycles(sizes, cut, device) > best_cycles; };
-  for_each_tile(problem, sizes, device, skip,
-                [&](const Tile &tile, const Cut &cut, const Covers &covers, const Splits &splits, double cycles) {
-                  if (best && cycles > best_cycles) return;
-                  int passes = 0;
-                  const std::optional<Plan> plan = make_plan(sizes, cut, covers, splits, tile, passes);
-                  if (!plan) return;
-                  if (best && cycles == best_cycles) {
-                    if (plan->shared_bytes > best->shared_bytes) return;
-                    if (plan->shared_bytes == best->shared_bytes && tile.splits >= best->tile.splits) return;
-                  }
-                  best = plan;
-                  best_cycles = cycles;
-                });
-  if (!best) return plan_tile(problem, device, {1, 1, 1, 1, 2}); // says what does not fit in the smallest
-  set_orders(cut_of(problem, sizes, best->tile.images, best->tile.rows, best->tile.columns), *best);
+  for_each_tile(
+      problem, sizes, device, cuts, [&](const Cut &cut) { return best && bound(cut) > best_cycles; },
+      [&](const Tile &tile, const Cut &cut, const Covers &covers, const Splits &splits, double cycles) {
+        if (best && cycles > best_cycles) return;
+        int passes = 0;
+        const std::optional<Plan> plan = make_plan(sizes, cut, covers, splits, tile, passes);
+        if (!plan) return;
+        if (best && cycles == best_cycles) {
+          if (plan->shared_bytes > best->shared_bytes) return;
+          if (plan->shared_bytes == best->shared_bytes && tile.splits >= best->tile.splits) return;
+        }
+        best = plan;
+        best_cut = &cut;
+        best_cycles = cycles;
+      });
+  if (!best) refuse_all(problem, device, cuts);
+  set_orders(*best_cut, *best);
   return *best;
 }
 
@@ -697,7 +771,7 @@ std::vector<Tile> tiles_of(const Problem &problem, const Device &device) {
   check_widths(sizes);
   std::vector<Tile> found;
   for_each_tile(
-      problem, sizes, device, [](const Cut &) { return false; },
+      problem, sizes, device, cuts_of(problem, sizes), [](const Cut &) { return false; },
       [&](const Tile &tile, const Cut &cut, const Covers &covers, const Splits &splits, double) {
         int passes = 0;
         if (make_plan(sizes, cut, covers, splits, tile, passes)) found.push_back(tile);
@@ -762,11 +836,12 @@ std::string describe(const Problem &problem, const Device &device, const Plan &p
               problem.ch1x1, problem.ch3x3red, problem.ch3x3, problem.ch5x5red, problem.ch5x5, problem.large_kernel,
               problem.large_kernel, problem.pool_proj));
   line(format("%d multiprocessors, %d bytes of shared memory a block", device.multiprocessors, device.shared_memory));
-  line(format("tile: %d image%s of %dx%d pixels, %d split%s, a ring of %d stages", tile.images, tile.images == 1 ? "" : "s",
-              tile.rows, tile.columns, tile.splits, tile.splits == 1 ? "" : "s", tile.stages));
-  line(format("grid: %d images x %d rows x %d columns of tiles x %d splits = %.0f blocks, %d wave%s", plan.image_tiles,
-              plan.row_tiles, plan.column_tiles, tile.splits,
-              double(plan.image_tiles) * plan.row_tiles * plan.column_tiles * tile.splits, cost.waves, cost.waves == 1 ? "" : "s"));
+  line(format("tile: %s of %dx%d pixels, %s, a ring of %d stages", number_of(tile.images, "image").c_str(), tile.rows,
+              tile.columns, number_of(tile.splits, "split").c_str(), tile.stages));
+  const std::int64_t tiles = std::int64_t{plan.image_tiles} * plan.row_tiles * plan.column_tiles;
+  line(format("grid: %d x %d x %d tiles of images, rows and columns, %s: %.0f blocks, %s", plan.image_tiles, plan.row_tiles,
+              plan.column_tiles, number_of(tile.splits, "split").c_str(), double(tiles) * tile.splits,
+              number_of(cost.waves, "wave").c_str()));
   line(format("shared memory: %d bytes", plan.shared_bytes));
   const auto memory = [&](int begin, int end, const std::string &what) { line(format("  %7d - %7d  ", begin, end) + what); };
   memory(0, tile.stages * plan.slot_bytes, format("ring, slots of %d", plan.slot_bytes));
