@@ -192,12 +192,12 @@ def warnings(packages: Mapping[str, PackageState]) -> list[str]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """What ``registry.status`` says of every known backend, by name; ``reason`` says why one is not available.
+    """What ``registry.status`` and its ``facts`` say of every known backend, by name; ``reason`` says why one is not available.
 
     Raises:
         DamagedInstallation: as ``registry.status``.
     """
-    return {name: dict(state) for name, state in registry.status().items()}
+    return {name: {**state, **registry.get(name).facts()} for name, state in registry.status().items()}
 
 
 def report() -> dict[str, Any]:

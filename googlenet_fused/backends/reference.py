@@ -12,6 +12,7 @@ from googlenet_fused.packing import PackedInception
 class ReferenceBackend(Backend):
     name = "reference"
     description = "plain PyTorch operators, any device and floating dtype"
+    last_resort = True
 
     def probe(self) -> str | None:
         return None

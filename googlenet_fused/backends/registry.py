@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,14 @@ class Backend(ABC):
 
     name: str
     description: str
+    last_resort = False
+    """Whether it is slow enough for ending there to be worth a warning."""
+
     needs_verification = False
     """Whether automatic choice uses it on a GPU only where it was seen to be right (see ``trust``)."""
+
+    arithmetics: tuple[str, ...] = ("float16", "bfloat16", "float32", "tf32")
+    """What it multiplies on a GPU, in the terms of ``arithmetic``."""
 
     @abstractmethod
     def probe(self) -> str | None:
@@ -80,6 +86,14 @@ class Backend(ABC):
     def described(self) -> str:
         """What it is on this machine, on which it can run: its description, unless there is more to say."""
         return self.description
+
+    def facts(self) -> dict[str, Any]:
+        """What ``doctor --json`` tells of it besides its status."""
+        return {}
+
+    def sources(self) -> str:
+        """What names the code that runs besides the Python of this backend, for a verdict to depend on."""
+        return ""
 
     def doubt(self, problem: Problem) -> str | None:
         """Why automatic choice passes this backend over although it supports ``problem``, or None.
@@ -281,6 +295,6 @@ def _announce(backend: Backend, problem: Problem, refusals: dict[str, str]) -> N
     _announced.add(key)
     why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items()) or "the most preferred backend supports it"
     # Ending at the last resort costs the user speed, which they would want to hear of without asking.
-    level = logging.WARNING if refusals and backend.name == names()[-1] else logging.INFO
+    level = logging.WARNING if refusals and backend.last_resort else logging.INFO
     dtype = str(problem.dtype).removeprefix("torch.")
     logger.log(level, "auto chose backend %r for %s on %s (%s)", backend.name, dtype, problem.device.type, why)

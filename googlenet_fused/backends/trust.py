@@ -44,6 +44,9 @@ VERIFIED = Path(__file__).with_name("verified.json")
 REMEMBERED = "self-checks.json"
 """The file in the user's cache that holds the self-checks that passed."""
 
+BUILT = "build.json"
+"""A file in a backend's package that its build writes, which has an hour and a machine in it and is none of its sources."""
+
 KEPT = 200
 """Self-checks that are remembered at most, the latest ones."""
 
@@ -91,15 +94,15 @@ class Verification(Identity):
 
 
 def fingerprint(backend: Backend) -> str:
-    """16 hex digits that change with the sources of a backend: its file, or all code and tables of the package it is in; and
-    with what every verdict depends on.
+    """16 hex digits that change with the sources of a backend: its file, or all code and tables of the package it is in, and
+    what it names itself; and with what every verdict depends on.
     """
-    return _fingerprint(type(backend))
+    return _fingerprint(type(backend), backend.sources())
 
 
 @cache
-def _fingerprint(cls: type[Backend]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(cls: type[Backend], besides: str) -> str:
+    digest = hashlib.sha256(besides.encode())
     own, sources = _sources(Path(inspect.getfile(cls)).resolve())
     package = Path(__file__).resolve().parents[1]
     for root, path in [*((own, path) for path in sources), *((package, package / name) for name in _COMMON)]:
@@ -116,7 +119,8 @@ def _sources(file: Path) -> tuple[Path, list[Path]]:
         return root, [file]
     while root.parent != own and (root.parent / "__init__.py").exists():
         root = root.parent
-    return root, sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json") and path.is_file())
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json") and path.is_file())
+    return root, [path for path in files if path.name != BUILT]
 
 
 def identity(backend: Backend, device_index: int) -> Identity:
@@ -297,7 +301,7 @@ def standing(backend: Backend) -> dict[str, str]:
     here = identity(backend, device.index)
     found = {}
     for name, dtype in ARITHMETICS.items():
-        if _runs(backend, Problem(device, dtype, None)):
+        if name in backend.arithmetics and _runs(backend, Problem(device, dtype, None)):
             failed = _answers.get((backend.name, device.index, name)) is not None
             known = "self-check failed" if failed else _known(backend, here, name)
             found[name] = known or "to be checked at first use"

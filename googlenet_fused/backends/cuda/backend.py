@@ -1,0 +1,130 @@
+"""What the CUDA backend can run, and a module's way from tensors to the launch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from googlenet_fused.arithmetic import arithmetic
+from googlenet_fused.backends import trust
+from googlenet_fused.backends.cuda import native
+from googlenet_fused.backends.cuda.tiles import ELEMENTS, Tile, forced_tile, readable, refuse_dtype, use_tile
+from googlenet_fused.backends.cuda.weights import pack
+from googlenet_fused.backends.registry import Backend, Problem
+from googlenet_fused.messages import first_line
+from googlenet_fused.packing import PackedInception
+from googlenet_fused.spec import InceptionSpec
+
+MINIMUM_CAPABILITY = (8, 0)
+NO_CUDA = "torch sees no CUDA device"
+
+_SIDE = 64
+"""Of an image that is larger than any tile: what fits with it fits always."""
+
+_WAYS = {
+    "whole images": Tile(1, 12, 11, 1, 3),
+    "some rows": Tile(1, 5, 11, 1, 2),
+    "some rows and columns": Tile(1, 5, 4, 1, 4),
+    "output channels split": Tile(1, 12, 11, 3, 2),
+}
+"""Tiles of images of 12x11, of every kind."""
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    description = "CUDA C++ kernel, a module in one launch, straight into the concat buffer; fp16, bf16, fp32 as TF32"
+    needs_verification = True
+    arithmetics = tuple(ELEMENTS)
+
+    def probe(self) -> str | None:
+        return native.load() or _refuse_machine()
+
+    def described(self) -> str:
+        return f"{self.description}; built for {', '.join(native.build_facts().get('archs', []))}"
+
+    def facts(self) -> dict[str, Any]:
+        found = native.build_facts()
+        return {"built": found["built"], "archs": found.get("archs", [])}
+
+    def sources(self) -> str:
+        found = native.build_facts()
+        return f"{found.get('source')} {found.get('nvcc')}"
+
+    def supports(self, problem: Problem) -> str | None:
+        return (
+            native.load()
+            or _refuse_device(problem.device)
+            or refuse_dtype(problem.dtype)
+            or (_refuse_spec(problem.device, problem.dtype, problem.spec) if problem.spec else None)
+        )
+
+    def doubt(self, problem: Problem) -> str | None:
+        return trust.doubt(self, problem)
+
+    def ways(self, problem: Problem) -> Mapping[str, AbstractContextManager[None]]:
+        return {} if problem.spec is None else {name: use_tile(tile) for name, tile in _WAYS.items()}
+
+    def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
+        return pack(packed)
+
+    def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
+        weights, bias = prepared
+        tile = forced_tile() or ()
+        torch.ops.googlenet_fused_cuda.inception.default(readable(x), weights, bias, [*packed.spec], [*tile], out)
+
+
+def _refuse_machine() -> str | None:
+    if not torch.cuda.is_available():
+        return NO_CUDA
+    return _refuse_device(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _refuse_device(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs, and this torch is built for AMD's"
+    if device.type in ("cpu", "cuda") and not torch.cuda.is_available():
+        return NO_CUDA
+    return _refuse_gpu(device) if device.type == "cuda" else f"it runs on CUDA tensors, not on {device.type}"
+
+
+@cache
+def _refuse_gpu(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    here = f"sm_{capability[0]}{capability[1]}"
+    if capability < MINIMUM_CAPABILITY:
+        return f"it needs sm_{MINIMUM_CAPABILITY[0]}{MINIMUM_CAPABILITY[1]} or later, this is {here}"
+    archs = native.build_facts().get("archs", [])
+    if any(map(lambda arch: _runs_on(arch, capability), archs)):
+        return None
+    fix = f'TORCH_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}"'
+    return f"its library is built for {', '.join(archs)}, none of which runs on this {here}: build it anew with {fix}"
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether what nvcc built for this runs there: machine code within its major version, PTX on all later ones."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+    if found is None:
+        return False
+    kind, built, only = found[1], (int(found[2]), int(found[3])), found[4]
+    if only:
+        return built == capability
+    return built <= capability and (kind == "compute" or built[0] == capability[0])
+
+
+@cache
+def _refuse_spec(device: torch.device, dtype: torch.dtype, spec: InceptionSpec) -> str | None:
+    """What the planner says of widths that it has no tile for, however small, on this device."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    element = [*ELEMENTS].index(arithmetic(dtype))
+    facts = [properties.multi_processor_count, properties.shared_memory_per_block_optin]
+    try:
+        torch.ops.googlenet_fused_cuda.plan.default([element, 1, _SIDE, _SIDE, *spec], facts)
+    except RuntimeError as error:
+        return first_line(error)
+    return None
