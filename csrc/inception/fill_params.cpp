@@ -27,7 +27,8 @@ void check_x(const Problem &problem, const Pointers &pointers) {
   const struct {
     const char *name;
     std::int64_t size, stride;
-  } dimensions[] = {{"image", problem.batch, strides[0]}, {"row", problem.height, strides[2]}, {"pixel", problem.width, strides[3]}};
+  } dimensions[] = {
+      {"image", problem.batch, strides[0]}, {"row", problem.height, strides[2]}, {"pixel", problem.width, strides[3]}};
   for (const auto &dimension : dimensions) {
     if (dimension.size > 1 && dimension.stride % unit != 0) {
       throw std::invalid_argument(std::string("x has a stride of ") + std::to_string(dimension.stride) + " elements from " +
@@ -59,7 +60,8 @@ Params fill_params(const Problem &problem, const Plan &plan, const Pointers &poi
   for (int i = 0; i < 4; i++) params.out_strides[i] = out_strides[i];
 
   const int widths[kProducts] = {problem.pool_proj, problem.ch1x1, problem.ch3x3, problem.ch5x5};
-  const int offsets[kProducts] = {problem.ch1x1 + problem.ch3x3 + problem.ch5x5, 0, problem.ch1x1, problem.ch1x1 + problem.ch3x3};
+  const int spatial = problem.ch1x1 + problem.ch3x3;
+  const int offsets[kProducts] = {spatial + problem.ch5x5, 0, problem.ch1x1, spatial};
   const std::int64_t unit = kUnitBytes / element_bytes(problem.element);
   bool pixels_aligned = out[1] == 1;
   for (int i = 0; i < 3; i++) pixels_aligned = pixels_aligned && (sizes[i] == 1 || out_strides[i] % unit == 0);
