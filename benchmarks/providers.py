@@ -161,7 +161,7 @@ def all_providers() -> list[Provider]:
         Provider("tensorrt", "TensorRT", tensorrt),
         Provider("onnxruntime", "ONNX Runtime", onnx_runtime),
         Provider("openvino", "OpenVINO", openvino),
-        *(bench.fused_provider(name) for name in reversed(registry.names())),
+        *(bench.fused_provider(name) for name in reversed(registry.names()) if not registry.get(name).for_tests),
     ]
 
 

@@ -66,6 +66,9 @@ class Backend(ABC):
 
     name: str
     description: str
+    for_tests = False
+    """Whether nobody would use it for its results: automatic choice and benchmarks pass it over."""
+
     last_resort = False
     """Whether it is slow enough for ending there to be worth a warning."""
 

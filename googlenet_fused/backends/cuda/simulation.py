@@ -79,6 +79,7 @@ def vars_of(spec: InceptionSpec) -> dict[str, int]:
 class CudaSimulationBackend(Backend):
     name = "cuda_sim"
     description = "the CUDA kernel simulated on CPU tensors, for tests; fp16, bf16, fp32 as TF32, only if asked for by name"
+    for_tests = True
     arithmetics = tuple(ELEMENTS)
 
     def probe(self) -> str | None:
