@@ -18,7 +18,11 @@ struct Cut {
   Bottleneck bottlenecks[2]; // begin counted from the end of the ring
   std::int64_t bottleneck_bytes;
 
-  std::int64_t tiles() const { return std::int64_t{image_tiles} * row_tiles * column_tiles; }
+  // Of the whole batch, or 2^50 if they are more.
+  std::int64_t tiles() const {
+    const double all = static_cast<double>(image_tiles) * row_tiles * column_tiles;
+    return static_cast<std::int64_t>(std::min(all, 0x1p50));
+  }
 };
 
 // The longest stretch of one dimension that a tile and its halo cover within the image.
