@@ -290,8 +290,8 @@ void Block::note_access(Access kind, const void *site, std::uint64_t address, in
   if (!launch_.modes.count) return;
   Warp &warp = warps_[thread_ / kLanes];
   const std::pair<int, const void *> what(static_cast<int>(kind), site);
-  const int ordinal = warp.ordinals[thread_ % kLanes][what]++;
-  warp.accesses[{what, ordinal}].emplace_back(address, bytes);
+  const int lane = thread_ % kLanes, ordinal = warp.ordinals[lane][what]++;
+  warp.accesses[{what, ordinal}].push_back({lane, address, bytes});
 }
 
 void Block::flush_accesses(Warp &warp) {
@@ -300,10 +300,10 @@ void Block::flush_accesses(Warp &warp) {
     if (kind == Access::kGlobalRead || kind == Access::kGlobalWrite) {
       std::set<std::uint64_t> sectors;
       std::int64_t bytes = 0;
-      for (const auto &[address, size] : accesses) {
-        sectors.insert(address / 32);
-        sectors.insert((address + size - 1) / 32);
-        bytes += size;
+      for (const auto &accessed : accesses) {
+        sectors.insert(accessed.address / 32);
+        sectors.insert((accessed.address + accessed.bytes - 1) / 32);
+        bytes += accessed.bytes;
       }
       Ratio &ratio = kind == Access::kGlobalRead ? counters_.global_reads : counters_.global_writes;
       ratio += {static_cast<std::int64_t>(sectors.size()), (bytes + 31) / 32};
@@ -312,14 +312,14 @@ void Block::flush_accesses(Warp &warp) {
     Ratio &ratio = kind == Access::kSharedLoad    ? counters_.shared_loads
                    : kind == Access::kSharedStore ? counters_.shared_stores
                                                   : counters_.copy_writes;
-    for (std::size_t begin = 0; begin < accesses.size(); begin += kBankUnits) { // eight lanes of 16 bytes at once
+    for (int lanes = 0; lanes < kLanes; lanes += kBankUnits) { // eight lanes of 16 bytes at once
       std::array<std::set<std::uint64_t>, kBankUnits> units;
-      for (std::size_t i = begin; i < std::min(begin + kBankUnits, accesses.size()); i++) {
-        units[accesses[i].first / 16 % kBankUnits].insert(accesses[i].first);
+      for (const auto &accessed : accesses) {
+        if (accessed.lane / kBankUnits == lanes / kBankUnits) units[accessed.address / 16 % kBankUnits].insert(accessed.address);
       }
       std::size_t most = 0;
       for (const auto &unit : units) most = std::max(most, unit.size());
-      ratio += {static_cast<std::int64_t>(most), 1};
+      if (most > 0) ratio += {static_cast<std::int64_t>(most), 1};
     }
   }
   warp.accesses.clear();

@@ -149,7 +149,12 @@ private:
     bool at_barrier = false;
     int resume = 0;
     using Key = std::pair<std::pair<int, const void *>, int>; // kind, site and how many before, of the same lane
-    std::map<Key, std::vector<std::pair<std::uint64_t, int>>> accesses;
+    struct Accessed {
+      int lane;
+      std::uint64_t address;
+      int bytes;
+    };
+    std::map<Key, std::vector<Accessed>> accesses;
     std::array<std::map<std::pair<int, const void *>, int>, kLanes> ordinals;
   };
   // Who touched 16 bytes of shared memory last, and since which barrier.
