@@ -2,8 +2,8 @@
 
     python tests/simulated_kernel.py MODULE.so [--whole]
 
-For builds of a changed source and for sanitized ones, which must not run in the process of the tests. Exit status 0: all is right;
-1: something was caught, and is printed.
+For builds of a changed source and for sanitized ones, which must not run in the process of the tests. Exit status 0: all is
+right; 1: something was caught, and is printed.
 """
 
 from __future__ import annotations
