@@ -179,8 +179,12 @@ stage_build() {
         limited 20 $tool
     done
     if [ -d csrc ]; then
-        limited "$stage_limit" "$PYTHON" setup.py build_ext --inplace
-        became $? build_ext
+        if limited 60 "$PYTHON" -c 'from googlenet_fused.backends.cuda import native; raise SystemExit(native.load())'; then
+            note 'the CUDA library is there already'
+        else
+            limited "$stage_limit" "$PYTHON" csrc/build.py cuda
+            became $? 'csrc/build.py cuda'
+        fi
     else
         note 'nothing to build: this checkout has no csrc/'
         limited "$stage_limit" "$PYTHON" -c 'import googlenet_fused'

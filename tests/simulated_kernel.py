@@ -17,13 +17,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+MODULE = "googlenet_fused.backends.cuda._host_sim"
+
+
+def load(path: Path) -> None:
+    """Makes the module at ``path`` the simulation of this process, which must not have one yet."""
+    assert MODULE not in sys.modules
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[MODULE] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[MODULE])
+
+
+if __name__ == "__main__":
+    load(Path(sys.argv[1]))  # before anything asks which backends there are
 
 import torch  # noqa: E402
 from cases import GOOGLENET_MODULES, ODD_SPECS, integer_convs, integer_input, plain_result  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import googlenet_fused  # noqa: E402
-from googlenet_fused.backends.cuda.simulation import MODULE, simulate  # noqa: E402
+from googlenet_fused.backends.cuda.simulation import simulate  # noqa: E402
 from googlenet_fused.backends.cuda.tiles import Tile, use_tile  # noqa: E402
 from googlenet_fused.packing import ConvParams  # noqa: E402
 from googlenet_fused.spec import InceptionSpec  # noqa: E402
@@ -42,16 +57,6 @@ MODES = {
     "shuffled": {"order": "shuffled", "seed": 7},
     "no shadow, reversed": {"order": "reversed", "races": False},
 }
-
-
-def load(path: Path) -> None:
-    """Makes the module at ``path`` the simulation of this process."""
-    spec = importlib.util.spec_from_file_location(MODULE, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[MODULE] = module
 
 
 def run(spec: InceptionSpec, x: Tensor, convs: list[ConvParams], tile: Tile | None, **modes: object) -> Tensor:
@@ -100,7 +105,6 @@ def faults(whole: bool) -> Iterator[str]:
 
 
 def main() -> int:
-    load(Path(sys.argv[1]))
     torch.set_num_threads(2)
     for fault in faults("--whole" in sys.argv):
         print(fault)

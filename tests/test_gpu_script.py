@@ -63,6 +63,7 @@ class Stage:
             f"""case "$*" in
             {before}
             *cuda.is_available*) printf '{answer}\\n' ;;
+            *native.load*) exit 1 ;;
             *lineup*) echo fused_triton fused_reference ;;
             *"-m benchmarks.summary"*) exec "{sys.executable}" "$@" ;;
             *"-m benchmarks.verify"*) echo '[{{"backend": "triton"}}]' ;;
@@ -283,7 +284,7 @@ def test_every_stage_in_the_order_of_worth(stage: Stage) -> None:
     assert {name: outcome.split()[0] for name, outcome in stage.outcomes().items()} == dict.fromkeys(ALL_STAGES, "ok")
     assert list(stage.outcomes()) == ALL_STAGES
     calls = stage.calls("python")
-    assert "setup.py build_ext --inplace" in calls
+    assert "csrc/build.py cuda" in calls
     assert "-m googlenet_fused doctor" in calls
 
     (tests,) = [call for call in calls if "-m pytest" in call and "sanitizer" not in call]
@@ -311,7 +312,8 @@ def test_every_stage_in_the_order_of_worth(stage: Stage) -> None:
     assert second - first == {"compile_max_autotune"}
 
     order = [
-        next(i for i, call in enumerate(calls) if text in call) for text in ("setup.py", "-m gpu", "nets", "modules", "e4_")
+        next(i for i, call in enumerate(calls) if text in call)
+        for text in ("csrc/build.py", "-m gpu", "nets", "modules", "e4_")
     ]
     assert order == sorted(order)
     assert stage.calls("make") == ["-j 4 -C benchmarks/probes"] * 2
@@ -795,3 +797,12 @@ def test_the_device_is_asked_and_never_set(stage: Stage) -> None:
     stage.gpu_machine()
     stage.run()
     assert {call.split("=")[0] for call in stage.calls("nvidia-smi")} == {"-L", "--query-gpu"}
+
+
+def test_a_library_that_was_brought_along_is_not_built_again(stage: Stage) -> None:
+    stage.gpu_machine()
+    stage.own_kernels()
+    stage.python("*native.load*) ;;")
+    stage.run("--stages", "build")
+    assert stage.outcomes()["build"].endswith("the CUDA library is there already")
+    assert not [call for call in stage.calls("python") if "build.py" in call]

@@ -42,7 +42,7 @@ print(json.dumps([[v.kernel, v.label, v.dtype, arch, source_key(v)] for v in loa
 
 @cache
 def recorded(version: str) -> dict[str, Any]:
-    (run,) = (run for run in json.loads(RECORD.read_text())["runs"] if run["triton"] == version)
+    (run,) = (run for run in json.loads(RECORD.read_text())["runs"] if run.get("triton") == version)
     return run
 
 

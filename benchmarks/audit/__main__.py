@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output or (OUTPUT if whole or arguments.check else None)
     recorded = record.read(output) if output else []
     version = versions()["triton"]
-    old = next((run for run in recorded if run["triton"] == version), None)
+    old = next((run for run in recorded if record.compiler_of(run) == ("triton", version)), None)
     if arguments.check and old is None:
         raise AuditError(f"{output} has no run of Triton {version}: make one without --check")
     if output and not arguments.check:

@@ -1,4 +1,4 @@
-"""The audit's file: one run for each version of Triton, a row a line."""
+"""The audit's file: one run for each version of each compiler, a row a line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from benchmarks.audit.compile import AuditError
 from benchmarks.audit.rows import NAME, Row, name_of
 
 KIND = "audit"
-LISTS = ("rows", "findings")
+LISTS = ("rows", "findings", "simulated")
+COMPILERS = ("triton", "nvcc")
 Run = Mapping[str, Any]
-"""``triton``, ``ptxas``, ``commit``, ``dirty``, ``date``, ``rows`` and ``findings``, each of these a row's name and a text."""
+"""The compiler and its version, such as ``triton``, ``ptxas``, ``commit``, ``dirty``, ``date``, ``rows`` and ``findings``, each of these a row's name and a text;
+of nvcc's kernels also what was counted when they were ``simulated``."""
 
 
 def read(path: Path) -> list[Run]:
@@ -36,20 +38,26 @@ def read(path: Path) -> list[Run]:
 
 
 def write(path: Path, run: Run) -> None:
-    """Puts a run into a file, in place of one by the same version of Triton; the file is written whole or not at all.
+    """Puts a run into a file, in place of one by the same version of its compiler; the file is written whole or not at all.
 
     Raises:
         AuditError: the file holds something else.
     """
-    runs = sorted([run, *(other for other in read(path) if other["triton"] != run["triton"])], key=_version)
+    runs = sorted([run, *(other for other in read(path) if compiler_of(other) != compiler_of(run))], key=_version)
     beside = path.with_name(path.name + ".new")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(_text(runs), encoding="utf-8")
     os.replace(beside, path)
 
 
-def _version(run: Run) -> list[int]:
-    return [int(part) for part in run["triton"].split("+")[0].split(".") if part.isdigit()]
+def compiler_of(run: Run) -> tuple[str, str]:
+    """Its name and version."""
+    return next((name, run[name]) for name in COMPILERS if name in run)
+
+
+def _version(run: Run) -> tuple[int, list[int]]:
+    name, version = compiler_of(run)
+    return COMPILERS.index(name), [int(part) for part in version.split("+")[0].split(".") if part.isdigit()]
 
 
 def _text(runs: Sequence[Run]) -> str:
@@ -58,7 +66,7 @@ def _text(runs: Sequence[Run]) -> str:
 
 def _run_text(run: Run) -> str:
     head = json.dumps({name: value for name, value in run.items() if name not in LISTS})
-    lists = (f'"{name}": {_lines(map(json.dumps, run[name]))}' for name in LISTS)
+    lists = (f'"{name}": {_lines(map(json.dumps, run[name]))}' for name in LISTS if name in run)
     return f"{head[:-1]}, {', '.join(lists)}}}"
 
 

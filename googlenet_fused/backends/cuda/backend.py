@@ -75,7 +75,7 @@ class CudaBackend(Backend):
 
     def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
         weights, bias = prepared
-        tile = forced_tile() or ()
+        tile = forced_tile(x) or ()
         torch.ops.googlenet_fused_cuda.inception.default(readable(x), weights, bias, [*packed.spec], [*tile], out)
 
 

@@ -98,7 +98,7 @@ class CudaSimulationBackend(Backend):
 
     def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
         weights, bias = prepared
-        simulation, tile = _simulation.get() or Simulation(), forced_tile()
+        simulation, tile = _simulation.get() or Simulation(), forced_tile(x)
         n, _, h, w = x.shape
         counters = _module().simulate(
             problem_of(packed.spec, x.dtype, n, h, w),

@@ -26,13 +26,17 @@ class Tile(NamedTuple):
     splits: int
     stages: int
 
+    def within(self, batch: int, height: int, width: int) -> Tile:
+        """No larger than these images are."""
+        return self._replace(images=min(self.images, batch), rows=min(self.rows, height), columns=min(self.columns, width))
+
 
 _forced: ContextVar[Tile | None] = ContextVar("googlenet_fused_cuda_tile", default=None)
 
 
 @contextmanager
 def use_tile(tile: Tile | None) -> Iterator[None]:
-    """Within the block modules run in this tile, or with None in the one that the planner chooses."""
+    """Within the block modules run in this tile, or what of it fits their images; with None in the planner's choice."""
     token = _forced.set(tile)
     try:
         yield
@@ -40,8 +44,10 @@ def use_tile(tile: Tile | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def forced_tile() -> Tile | None:
-    return _forced.get()
+def forced_tile(x: Tensor) -> Tile | None:
+    """The tile of ``use_tile`` for an input ``[n, c, h, w]``, if there is one."""
+    tile, (n, _, h, w) = _forced.get(), x.shape
+    return None if tile is None else tile.within(n, h, w)
 
 
 def refuse_dtype(dtype: torch.dtype) -> str | None:
