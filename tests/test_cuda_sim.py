@@ -259,7 +259,7 @@ MUTANTS = {
         KERNEL, "const int channel = column - plan.shared_ends[branch];", "const int channel = column - plan.shared_ends[0];"
     ),
     "the branches' offsets exchanged": Mutant(
-        "inception/fill_params.cpp", "problem.ch1x1 + problem.ch3x3};", "problem.ch1x1 + problem.ch5x5};"
+        "inception/fill_params.cpp", "spatial = problem.ch1x1 + problem.ch3x3;", "spatial = problem.ch1x1 + problem.ch5x5;"
     ),
     "no zeros around the third branch": Mutant(KERNEL, "      fill_with_zeros(plan.bottlenecks[1], memory);\n", ""),
     "a pool that reads above the image": Mutant(KERNEL, "if (region_y > 0)", "if (true)"),

@@ -101,3 +101,9 @@ def test_rounding_to_tf32() -> None:
     expected = torch.tensor([1 + 2**-10, -1 - 2**-10, 1.0, float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
     assert torch.equal(round_to_tf32(values).nan_to_num(7), expected.nan_to_num(7))
     assert round_to_tf32(values)[-1].signbit()
+
+
+def test_a_nan_whose_upper_bits_are_infinitys_stays_nan_in_tf32() -> None:
+    nan = torch.tensor([0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan().all()
+    assert (round_to_tf32(nan).view(torch.int32) & -0x2000).view(torch.float32).isnan().all()

@@ -132,7 +132,7 @@ def show(run: record.Run, details: bool) -> None:
     )
     for finding in run["findings"]:
         print(f"{name_of(finding)}: {finding['finding']}")
-    print(f"Triton {run['triton']}: {len(run['rows'])} audited, {len(run['findings'])} findings")
+    print(f"{' '.join(record.compiler_of(run))}: {len(run['rows'])} audited, {len(run['findings'])} findings")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,8 +37,14 @@ def audited(variant: Variant, arch: str) -> tuple[Row, list[str]]:
         source, machine, resources = _read(binary, arch)
     except Exception as error:  # a compiler's errors have no common base but this
         return row, [f"{step}: {type(error).__name__}: {_in_short(error)}"]
-    row |= {
-        "source": source_key(variant),
+    row |= {"source": source_key(variant), **row_of(binary, source, machine, resources)}
+    narrow = narrow_accesses(source, machine, LIMITS[arch].access) if getattr(variant, "aligned", False) else ()
+    return row, [*findings(row, variant.matrix), *narrow]
+
+
+def row_of(binary: Binary, source: Listing, machine: Listing, resources: machine_code.Resources) -> Row:
+    """What a row says of a kernel's code besides its name."""
+    return {
         "threads": binary.threads,
         **resources._asdict(),
         "dynamic_shared": binary.shared,
@@ -51,8 +57,6 @@ def audited(variant: Variant, arch: str) -> tuple[Row, list[str]]:
         "tma": machine.tma,
         "griddepcontrol": machine.griddepcontrol,
     }
-    narrow = narrow_accesses(source, machine, LIMITS[arch].access) if getattr(variant, "aligned", False) else ()
-    return row, [*findings(row, variant.matrix), *narrow]
 
 
 def _read(binary: Binary, arch: str) -> tuple[Listing, Listing, machine_code.Resources]:

@@ -120,7 +120,12 @@ DEVICE Unit load_shared(std::uint32_t address) {
   return unit;
 }
 
-DEVICE float load_number(const float *from) { return __ldg(from); } // narrow: a bias, read once a pass
+DEVICE float load_number(const float *from) {
+  float number;
+  asm("ld.global.nc.f32 %0, [%1];" : "=f"(number) : "l"(from)); // narrow: a bias, read once a pass
+  return number;
+}
+
 DEVICE void store_unit(void *to, const Unit &unit) { *static_cast<Unit *>(to) = unit; }
 DEVICE void store_element(std::uint16_t *to, std::uint16_t bits) { *to = bits; } // narrow: where strides or widths allow no more
 DEVICE void store_element(std::uint32_t *to, std::uint32_t bits) { *to = bits; } // narrow: where strides or widths allow no more

@@ -17,6 +17,10 @@ ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "tf32": "tf32"}
 """What the kernel multiplies, by what ``arithmetic`` says."""
 
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+"""Of the tensors."""
+
+
 class Tile(NamedTuple):
     """How a module is cut into blocks: ``struct Tile`` of ``csrc/inception/params.h``."""
 

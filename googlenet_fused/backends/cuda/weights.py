@@ -52,9 +52,12 @@ def pack(packed: PackedInception) -> tuple[Tensor, Tensor]:
 
 
 def round_to_tf32(values: Tensor) -> Tensor:
-    """The nearest TF32 numbers of fp32 ones, ties away from zero, as ``cvt.rna.tf32.f32`` rounds; NaN and infinity stay."""
+    """The nearest TF32 numbers of fp32 ones, ties away from zero, as ``cvt.rna.tf32.f32`` rounds; NaN and infinity stay.
+
+    A NaN becomes one that TF32 holds: the tensor cores read the upper bits alone, of which a NaN may have none but infinity's.
+    """
     rounded = ((values.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values)
+    return torch.where(values.isfinite(), rounded, torch.where(values.isnan(), torch.nan, values))
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
