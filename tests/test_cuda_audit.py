@@ -82,11 +82,12 @@ extern "C" __global__ void __launch_bounds__(256, 1) googlenet_fused_inception(c
 """
 MMA = """
   float sum[4] = {0, 0, 0, 0};
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%4, %4}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %4, %4, %4}, {%4, %4}, {%0, %1, %2, %3};"
                : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(n));
   reinterpret_cast<float4 *>(out)[threadIdx.x] = make_float4(sum[0], sum[1], sum[2], sum[3]);
 """
-LOCAL = "float many[64]; for (int i = 0; i < 64; i++) many[i] = i * n; out[0] = many[n];  // narrow: of this test"
+LOCAL = "float many[64] = {}; for (int i = 0; i < n; i++) many[int(in[i])] += in[i]; out[0] = many[n];  // narrow: of this test"
 
 
 @pytest.fixture

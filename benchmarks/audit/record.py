@@ -15,7 +15,7 @@ KIND = "audit"
 LISTS = ("rows", "findings", "simulated")
 COMPILERS = ("triton", "nvcc")
 Run = Mapping[str, Any]
-"""The compiler and its version, such as ``triton``, ``ptxas``, ``commit``, ``dirty``, ``date``, ``rows`` and ``findings``, each of
+"""The compiler and its version, ``nvcc`` say; ``ptxas``, ``commit``, ``dirty``, ``date``, ``rows`` and ``findings``, each of
 these a row's name and a text; of nvcc's kernels also what was counted when they were ``simulated``."""
 
 
