@@ -19,6 +19,7 @@ import torch
 
 from googlenet_fused import __version__, info
 from googlenet_fused.backends import registry, trust
+from googlenet_fused.backends.cuda import native
 from googlenet_fused.backends.triton import backend
 from googlenet_fused.info import PackageState
 
@@ -47,10 +48,22 @@ def test_every_backend_says_why_it_is_not_available(facts: dict[str, object]) ->
     assert isinstance(backends, dict)
     assert {"cpu", "reference"} <= set(backends)
     for state in backends.values():
-        assert set(state) == {"available", "reason", "description", "needs_verification", "verified_on", "here"}
+        assert {"available", "reason", "description", "needs_verification", "verified_on", "here"} <= set(state)
         assert state["available"] == (state["reason"] is None)
         assert state["description"]
         assert state["needs_verification"] or (state["verified_on"], state["here"]) == ([], {})
+
+
+def test_the_cuda_backend_says_whether_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "build_facts", lambda: {"built": True, "archs": ["sm_80", "compute_90"]})
+    state = info.backends()["cuda"]
+    assert (state["built"], state["archs"]) == (True, ["sm_80", "compute_90"])
+    monkeypatch.setattr(native, "build_facts", lambda: {"built": False, "reason": "there is no nvcc"})
+    monkeypatch.setattr(native, "_loaded", False)
+    state = info.backends()["cuda"]
+    assert (state["built"], state["archs"], state["available"], state["reason"]) == (False, [], False, "there is no nvcc")
+    text = info.as_text({**info.report(), "backends": {"cuda": state}})
+    assert "not available: there is no nvcc; its tests have not run on a GPU yet" in text
 
 
 def test_the_machine_is_described(facts: dict[str, object]) -> None:

@@ -58,8 +58,8 @@ class CudaBackend(Backend):
 
     def supports(self, problem: Problem) -> str | None:
         return (
-            native.load()
-            or _refuse_device(problem.device)
+            _refuse_device(problem.device)
+            or native.load()
             or refuse_dtype(problem.dtype)
             or (_refuse_spec(problem.device, problem.dtype, problem.spec) if problem.spec else None)
         )
