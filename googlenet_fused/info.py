@@ -253,7 +253,8 @@ def _backend_text(state: Mapping[str, Any]) -> str:
     text = f"available: {state['description']}" if state["available"] else f"not available: {state['reason']}"
     if not state["needs_verification"]:
         return text
-    parts = [text, *(_verified_text(entry) for entry in state["verified_on"])]
+    built = [f"built for {', '.join(state['archs'])}"] if state.get("archs") else []
+    parts = [text, *built, *(_verified_text(entry) for entry in state["verified_on"])]
     if not state["verified_on"]:
         unknown = "" if state["here"] else ": automatic choice uses it on one only after a self-check there"
         parts.append(f"its tests have not run on a GPU yet{unknown}")

@@ -45,9 +45,6 @@ class CudaBackend(Backend):
     def probe(self) -> str | None:
         return native.load() or _refuse_machine()
 
-    def described(self) -> str:
-        return f"{self.description}; built for {', '.join(native.build_facts().get('archs', []))}"
-
     def facts(self) -> dict[str, Any]:
         found = native.build_facts()
         return {"built": found["built"], "archs": found.get("archs", [])}
