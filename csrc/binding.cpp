@@ -37,7 +37,7 @@ using torch::stable::Tensor;
 using Numbers = std::vector<std::int64_t>;
 
 constexpr std::array kWidths = {"in_channels", "ch1x1", "ch3x3red", "ch3x3", "ch5x5red", "ch5x5", "pool_proj", "large_kernel"};
-constexpr std::int64_t kMaxWidth = 1 << 16;
+constexpr std::int64_t kMaxWidth = INT_MAX; // the planner has its own, smaller limit
 constexpr Device kNominalDevice = {132, 227 * 1024}; // for meta tensors: an H100
 constexpr std::size_t kPlansKept = 256;
 
@@ -212,7 +212,9 @@ Params params_of(const Problem &problem, const Device &device, const Tensor &x, 
 }
 
 void check_cuda(int error, const char *what) {
-  if (error != 0) fail(what, " failed: ", error_text(error));
+  if (error == 0) return;
+  cudaGetLastError(); // so that it is not taken for a later call's
+  fail(what, " failed: ", error_text(error));
 }
 
 // What the planner is to know of a GPU, asked once.
@@ -241,11 +243,12 @@ void inception_cuda(const Tensor &x, const Tensor &weights, const Tensor &bias, 
   const int index = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   check_cuda(cudaSetDevice(index), "cudaSetDevice"); // of the CUDA runtime in this library, which is not torch's
-  const Params params = params_of(problem, device_facts(index), x, weights, bias, asked, out);
+  const Device device = device_facts(index);
+  const Params params = params_of(problem, device, x, weights, bias, asked, out);
   void *stream = nullptr;
   if (aoti_torch_get_current_cuda_stream == nullptr) fail("this torch is built without CUDA");
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  check_cuda(launch_inception(problem.element, params, stream), "the launch");
+  check_cuda(launch_inception(problem.element, params, device.shared_memory, stream), "the launch");
 }
 
 // All but the launch, as if on the nominal device.
@@ -276,12 +279,15 @@ std::string plan(const Numbers &problem, const Numbers &device, const Numbers &t
   return asking([&] { return describe(asked, on, *plans().get(asked, on, wanted)); });
 }
 
+std::string driver_text() { return driver_fault(); }
+
 } // namespace
 } // namespace googlenet_fused
 
 STABLE_TORCH_LIBRARY(googlenet_fused_cuda, m) {
   m.def("inception(Tensor x, Tensor weights, Tensor bias, int[] widths, int[] tile, Tensor(a!) out) -> ()");
   m.def("plan(int[] problem, int[] device, int[] tile=[]) -> str");
+  m.def("driver_fault() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(googlenet_fused_cuda, CUDA, m) { m.impl("inception", TORCH_BOX(&googlenet_fused::inception_cuda)); }
@@ -292,4 +298,5 @@ STABLE_TORCH_LIBRARY_IMPL(googlenet_fused_cuda, CPU, m) { m.impl("inception", TO
 
 STABLE_TORCH_LIBRARY_IMPL(googlenet_fused_cuda, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&googlenet_fused::plan));
+  m.impl("driver_fault", TORCH_BOX(&googlenet_fused::driver_text));
 }

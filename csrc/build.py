@@ -457,6 +457,15 @@ def _library_ninja(nvcc: Nvcc, torch: Torch, codes: Sequence[str], output: Path,
     return ninja
 
 
+def cpu_flags() -> set[str]:
+    """What Linux says that this CPU has."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return set()
+    return set(found[1].split()) if found else set()
+
+
 def build_simulation(
     output: Path | None = None,
     *,
@@ -482,6 +491,8 @@ def build_simulation(
         MissingTool: there is no C++ compiler, pybind11 or ninja.
         BuildError: anything else that keeps it from being built.
     """
+    if platform.machine() not in ("x86_64", "AMD64") or not {"avx2", "fma", "f16c"} <= cpu_flags():
+        raise MissingTool("the simulation is written for x86-64 with AVX2, FMA and F16C, which this machine has not")
     module = f"_host_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
     output = output or (folder or BUILD / "asan" if folder or sanitized else PACKAGE) / module
     folder = folder or BUILD / ("asan" if sanitized else "sim")
@@ -489,7 +500,7 @@ def build_simulation(
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitized else []
     flags = [
         *("-std=c++20", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden", *WARNINGS, "-Wno-unknown-pragmas"),
-        *(["-mavx2", "-mfma", "-mf16c"] if platform.machine() == "x86_64" else []),
+        *("-mavx2", "-mfma", "-mf16c"),
         *(["-O1", "-fno-omit-frame-pointer", *sanitizers] if sanitized else ["-O2"]),
         *(f"-D{define}" for define in defines),
         *("-isystem", str(pybind11_include()), "-isystem", sysconfig.get_path("include")),
@@ -528,7 +539,8 @@ def why_without(choice: str | None) -> str | None:
     """Why an installation goes without the library, or None: it is to be built.
 
     Args:
-        choice: the value of GOOGLENET_FUSED_BUILD. ``auto``, which no value means, builds it where nvcc and torch are found.
+        choice: the value of GOOGLENET_FUSED_BUILD. ``auto``, which no value means, builds it where nvcc, torch, ninja and a C++
+            compiler are found.
 
     Raises:
         BuildError: it is ``cuda``, and they are not; or it is none of ``auto``, ``cuda`` and ``none``.
@@ -538,8 +550,12 @@ def why_without(choice: str | None) -> str | None:
     if choice not in (None, "", "auto", "cuda"):
         raise BuildError(f"GOOGLENET_FUSED_BUILD is {choice!r}; it is to be one of auto, cuda, none")
     try:
+        if sys.platform != "linux":
+            raise MissingTool(f"it is built on Linux, not on {sys.platform}")
         find_nvcc()
         find_torch()
+        find_ninja()
+        find_cxx()
     except MissingTool as error:
         if choice == "cuda":
             raise BuildError(f"GOOGLENET_FUSED_BUILD=cuda, but the library cannot be built: {error}") from error

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import ODD_SPECS, integer_convs
+from cases import GOOGLENET_MODULES, ODD_SPECS, integer_convs
 
 from googlenet_fused.backends import registry, trust
 from googlenet_fused.backends.cuda import backend, native
@@ -24,15 +24,22 @@ built = pytest.mark.skipif((reason := native.load()) is not None, reason=f"the l
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An H100, as far as the backend asks."""
-    facts = SimpleNamespace(capability=(9, 0), archs=["sm_80", "sm_90", "compute_90"], shared_memory=227 * 1024)
+    facts = SimpleNamespace(capability=(9, 0), archs=["sm_80", "sm_90", "compute_90"], shared_memory=227 * 1024, driver="")
+    planned = torch.ops.googlenet_fused_cuda.plan.default if reason is None else None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: facts.capability)
-    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=facts.shared_memory)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(native, "build_facts", lambda: {"built": True, "archs": facts.archs})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: facts.capability)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=facts.shared_memory),
+    )
+    for name in ("build_facts", "loaded_facts"):
+        monkeypatch.setattr(native, name, lambda: {"built": True, "archs": facts.archs})
     monkeypatch.setattr(native, "load", lambda: None)
-    for cached in (backend._refuse_gpu, backend._refuse_spec):
+    ops = SimpleNamespace(plan=SimpleNamespace(default=planned), driver_fault=SimpleNamespace(default=lambda: facts.driver))
+    monkeypatch.setattr(torch.ops, "googlenet_fused_cuda", ops)
+    for cached in (backend._refuse_gpu, backend._refuse_spec, backend._refuse_tile):
         cached.cache_clear()
     return facts
 
@@ -40,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def _forget() -> object:
     yield
-    for cached in (backend._refuse_gpu, backend._refuse_spec):
+    for cached in (backend._refuse_gpu, backend._refuse_spec, backend._refuse_tile):
         cached.cache_clear()
 
 
@@ -100,24 +107,66 @@ def test_widths_that_fit_no_tile_are_refused(gpu: SimpleNamespace) -> None:
     assert "passes" in str(refusal(spec=InceptionSpec(8, 60000, 8, 8, 8, 8, 8)))
 
 
-def test_every_way_is_a_tile_of_another_kind(gpu: SimpleNamespace) -> None:
-    ways = registry.get("cuda").ways(Problem(CUDA, torch.float16, SPEC))
-    assert len(ways) == 4
+@built
+def test_the_self_checks_module_runs_in_every_kind_of_tile(gpu: SimpleNamespace) -> None:
+    spec, (batch, height, width) = trust._IN_ALL_WAYS
+    for gpu.shared_memory in (99 * 1024, 163 * 1024, 227 * 1024):
+        backend._refuse_tile.cache_clear()
+        for dtype in (torch.float16, torch.float32):
+            ways = registry.get("cuda").ways(Problem(CUDA, dtype, spec))
+            tiles = [backend._WAYS[name].within(batch, height, width) for name in ways]
+            assert any(tile.images > 1 for tile in tiles)
+            assert any(tile.images > 1 and batch % tile.images for tile in tiles), "a last tile that is cut off"
+            assert any((tile.images, tile.rows, tile.columns) == (1, height, width) for tile in tiles)
+            assert any(tile.rows < height and tile.columns == width and height % tile.rows for tile in tiles)
+            assert any(tile.columns < width and width % tile.columns for tile in tiles)
+            assert any(tile.splits > 1 for tile in tiles)
+            assert {tile.stages for tile in tiles} == {2, 3, 4}
+
+
+@built
+def test_a_way_that_does_not_fit_is_none(gpu: SimpleNamespace) -> None:
+    gpu.shared_memory = 99 * 1024
+    problem = Problem(CUDA, torch.float32, GOOGLENET_MODULES["4e"][0])
+    assert 0 < len(registry.get("cuda").ways(problem)) < len(backend._WAYS)
     assert registry.get("cuda").ways(Problem(CUDA, torch.float16, None)) == {}
-    assert Tile(4, 9, 11, 2, 3).within(2, 5, 12) == Tile(2, 5, 11, 2, 3)
+
+
+def test_a_tile_is_cut_to_the_images() -> None:
+    assert Tile(4, 9, 11, 2, 3).within(2, 5, 11) == Tile(2, 5, 11, 2, 3)
+    assert Tile(4, 9, 11, 2, 3).within(2, 5, 12) == Tile(1, 5, 11, 2, 3), "several only if they are whole"
+
+
+@built
+def test_a_driver_that_is_too_old_is_a_reason(gpu: SimpleNamespace) -> None:
+    gpu.driver = "the driver is older than the CUDA that the library was built with"
+    assert refusal() == registry.get("cuda").probe() == gpu.driver
 
 
 @built
 def test_a_verdict_depends_on_the_librarys_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = registry.get("cuda")
     before = trust.fingerprint(chosen)
-    facts = native.build_facts()
-    monkeypatch.setattr(native, "build_facts", lambda: {**facts, "seconds": 1.0, "archs": ["sm_90"]})
-    assert trust.fingerprint(chosen) == before, "when and where it was built is none of its sources"
-    monkeypatch.setattr(native, "build_facts", lambda: {**facts, "source": "another"})
-    assert trust.fingerprint(chosen) != before
-    monkeypatch.setattr(native, "build_facts", lambda: {**facts, "nvcc": "12.0.0"})
-    assert trust.fingerprint(chosen) != before
+    facts = native.loaded_facts()
+    monkeypatch.setattr(native, "loaded_facts", lambda: {**facts, "seconds": 1.0})
+    assert trust.fingerprint(chosen) == before, "how long it took is none of its sources"
+    for change in ({"source": "another"}, {"nvcc": "12.0.0"}):
+        monkeypatch.setattr(native, "loaded_facts", lambda change=change: {**facts, **change})
+        assert trust.fingerprint(chosen) != before
+    monkeypatch.setattr(native, "loaded_facts", lambda: facts)
+    monkeypatch.setattr(native, "build_facts", lambda: {**facts, "source": "built since"})
+    assert trust.fingerprint(chosen) == before, "the library that is loaded is the one that runs"
+
+
+@built
+def test_a_verdict_depends_on_the_code_that_runs_on_the_device(gpu: SimpleNamespace) -> None:
+    chosen = registry.get("cuda")
+    gpu.archs = ["sm_80", "sm_90", "compute_90"]
+    machine_code = chosen.sources()
+    gpu.archs = ["sm_90"]
+    assert chosen.sources() == machine_code
+    gpu.archs = ["sm_80", "compute_80"]
+    assert chosen.sources() != machine_code
 
 
 @built

@@ -173,9 +173,9 @@ WRONG = {
     ),
     "too many widths": (dict(widths=[1] * 9), "widths has 9 numbers"),
     "no widths": (dict(widths=[]), r"widths has 0 numbers, \[\]"),
-    "a width of nothing": (dict(widths=[192, 64, 96, 0, 16, 32, 32, 5]), "ch3x3 is 0; it is to be 1 to 65536"),
-    "a negative width": (dict(widths=[192, 64, 96, 128, -16, 32, 32, 5]), "ch5x5red is -16; it is to be 1 to 65536"),
-    "a huge width": (dict(widths=[192, 2**40, 96, 128, 16, 32, 32, 5]), "ch1x1 is 1099511627776; it is to be 1 to 65536"),
+    "a width of nothing": (dict(widths=[192, 64, 96, 0, 16, 32, 32, 5]), "ch3x3 is 0; it is to be 1 to 2147483647"),
+    "a negative width": (dict(widths=[192, 64, 96, 128, -16, 32, 32, 5]), "ch5x5red is -16; it is to be 1 to 2147483647"),
+    "a huge width": (dict(widths=[192, 2**40, 96, 128, 16, 32, 32, 5]), "ch1x1 is 1099511627776; it is to be 1 to 2147483647"),
     "a kernel of another size": (dict(widths=[192, 64, 96, 128, 16, 32, 32, 7]), "large_kernel is 7; it is to be 3 or 5"),
     "too short a tile": (
         dict(tile=[1, 7]),

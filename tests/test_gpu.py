@@ -114,7 +114,7 @@ def by(name: str, way: AbstractContextManager[None], check: Callable[[], None]) 
     try:
         with way:
             check()
-    except AssertionError as error:
+    except Exception as error:
         error.add_note(f"by {name}")
         raise
 

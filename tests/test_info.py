@@ -60,7 +60,7 @@ def test_the_cuda_backend_says_whether_it_was_built(monkeypatch: pytest.MonkeyPa
     assert (state["built"], state["archs"]) == (True, ["sm_80", "compute_90"])
     assert "; built for sm_80, compute_90; its tests" in info.as_text({**info.report(), "backends": {"cuda": state}})
     monkeypatch.setattr(native, "build_facts", lambda: {"built": False, "reason": "there is no nvcc"})
-    monkeypatch.setattr(native, "_loaded", False)
+    monkeypatch.setattr(native, "_loaded", None)
     state = info.backends()["cuda"]
     assert (state["built"], state["archs"], state["available"], state["reason"]) == (False, [], False, "there is no nvcc")
     text = info.as_text({**info.report(), "backends": {"cuda": state}})

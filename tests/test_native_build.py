@@ -394,9 +394,12 @@ def package_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, checkout: bool 
         (package / {"facts": native.FACTS, "library": native.LIBRARY}[name]).write_text(text)
     monkeypatch.setattr(native, "FOLDER", package)
     monkeypatch.setattr(native, "SOURCES", folder / "csrc")
-    monkeypatch.setattr(native, "_loaded", False)
+    monkeypatch.setattr(native, "_loaded", None)
     if checkout:
-        machine(folder / "csrc", {"inception/params.h": "// one", "inception/deep/a.cu": "// two", "binding.cpp": "// three"})
+        machine(
+            folder / "csrc",
+            {"inception/params.h": "// one", "inception/deep/a.cu": "// two", "binding.cpp": "// three", "build.py": "# four"},
+        )
     return package
 
 
@@ -436,7 +439,7 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: p
     current = FACTS | {"source": native.source_hash(tmp_path / "csrc")}
     package_in(tmp_path, monkeypatch, facts=json.dumps(current), library="no library")
     assert native.build_facts() == current
-    for name in ("inception/params.h", "inception/deep/a.cu", "binding.cpp"):
+    for name in ("inception/params.h", "inception/deep/a.cu", "binding.cpp", "build.py"):
         path = tmp_path / "csrc" / name
         before = path.read_text()
         path.write_text(before + " changed")

@@ -109,6 +109,15 @@ const std::map<std::string, Kernel> &kernels() {
          copy_wait<0>();
          write_own(bench);
        }},
+      {"write over a copy that landed",
+       [](Bench &bench) {
+         copy_async(thread_index() * 16, bench.input, 16);
+         copy_commit();
+         sync_block();
+         copy_wait<0>();
+         store_shared((thread_index() ^ 32) * 16, unit_of(bench.input));
+         write_own(bench);
+       }},
       {"uncommitted copy",
        [](Bench &bench) {
          copy_async(thread_index() * 16, bench.input, 16);

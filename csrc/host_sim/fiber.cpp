@@ -5,8 +5,6 @@
 
 namespace googlenet_fused::sim {
 
-#if defined(__x86_64__)
-
 // Saves what a function must keep, and where; takes the other's up. The System V calling convention.
 extern "C" void googlenet_fused_switch_stacks(void **from, void *to);
 
@@ -33,8 +31,6 @@ googlenet_fused_switch_stacks:
   ret
   .size googlenet_fused_switch_stacks, .-googlenet_fused_switch_stacks
 )");
-
-#endif
 
 namespace {
 
@@ -64,20 +60,12 @@ void Fiber::start(void (*entry)(void *), void *argument) {
   bottom_ = stack_.get();
   bytes_ = kStackBytes;
   fake_stack_ = nullptr;
-#if defined(__x86_64__)
   const std::uintptr_t top = reinterpret_cast<std::uintptr_t>(stack_.get() + kStackBytes) / 64 * 64;
   void **pointer = reinterpret_cast<void **>(top);
   *--pointer = nullptr; // a return address for ``begin``, which leaves the stack as a call would
   *--pointer = reinterpret_cast<void *>(&Fiber::begin);
   for (int i = 0; i < 6; i++) *--pointer = nullptr;
   pointer_ = pointer;
-#else
-  getcontext(&context_);
-  context_.uc_stack.ss_sp = stack_.get();
-  context_.uc_stack.ss_size = kStackBytes;
-  context_.uc_link = nullptr;
-  makecontext(&context_, &Fiber::begin, 0);
-#endif
 }
 
 void Fiber::switch_to(Fiber &to) {
@@ -87,11 +75,7 @@ void Fiber::switch_to(Fiber &to) {
 #if HOST_SIM_ASAN
   __sanitizer_start_switch_fiber(&fake_stack_, to.bottom_, to.bytes_);
 #endif
-#if defined(__x86_64__)
   googlenet_fused_switch_stacks(&pointer_, to.pointer_);
-#else
-  swapcontext(&context_, &to.context_);
-#endif
   enter();
 }
 
@@ -101,11 +85,7 @@ void Fiber::leave_for(Fiber &to) {
 #if HOST_SIM_ASAN
   __sanitizer_start_switch_fiber(nullptr, to.bottom_, to.bytes_);
 #endif
-#if defined(__x86_64__)
   googlenet_fused_switch_stacks(&pointer_, to.pointer_);
-#else
-  setcontext(&to.context_);
-#endif
   std::abort();
 }
 

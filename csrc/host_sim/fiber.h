@@ -11,10 +11,6 @@
 #define HOST_SIM_ASAN 0
 #endif
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
 namespace googlenet_fused::sim {
 
 constexpr std::size_t kStackBytes = HOST_SIM_ASAN ? 256 * 1024 : 64 * 1024;
@@ -38,11 +34,7 @@ private:
   std::unique_ptr<unsigned char[]> stack_;
   void (*entry_)(void *) = nullptr;
   void *argument_ = nullptr;
-#if defined(__x86_64__)
   void *pointer_ = nullptr; // of the stack, where registers are saved
-#else
-  ucontext_t context_;
-#endif
   void *fake_stack_ = nullptr; // AddressSanitizer's
   const void *bottom_ = nullptr;
   std::size_t bytes_ = 0;

@@ -222,6 +222,7 @@ void Block::note_write(std::uint32_t address) {
   if (shadow.pending) race("written while a copy to it is under way");
   if (shadow.read_epoch == epoch_ && shadow.read_warp != warp) race("written after another warp's read, no barrier between");
   if (shadow.write_epoch == epoch_ && shadow.write_warp != warp) race("written by two warps, no barrier between");
+  if (shadow.landed_epoch == epoch_ && shadow.write_warp != warp) race("written over another warp's copy, no barrier between");
   shadow.write_epoch = epoch_;
   shadow.write_warp = warp;
   shadow.landed_epoch = -1;

@@ -11,18 +11,28 @@ template <Element element> __global__ void __launch_bounds__(kThreads, 1) google
   inception_block<Traits<element>>(p);
 }
 
-template <Element element> int launch(const Params &params, void *stream) {
-  const Plan &plan = params.plan;
-  const auto kernel = googlenet_fused_inception<element>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  if (error != cudaSuccess) return error;
-  const unsigned blocks = static_cast<unsigned>(plan.image_tiles) * plan.row_tiles * plan.column_tiles * plan.tile.splits;
-  kernel<<<blocks, kThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-  return cudaGetLastError();
+// The error, which is then forgotten: it must not be taken for a later call's.
+inline int taken(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
-extern template int launch<Element::kHalf>(const Params &, void *);
-extern template int launch<Element::kBFloat16>(const Params &, void *);
-extern template int launch<Element::kTf32>(const Params &, void *);
+template <Element element> int launch(const Params &params, int most_shared_bytes, void *stream) {
+  const Plan &plan = params.plan;
+  const auto kernel = googlenet_fused_inception<element>;
+  // The same for every plan: a lower limit would hold for launches of other threads too.
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
+  if (error != cudaSuccess) return taken(error);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(plan.image_tiles) * plan.row_tiles * plan.column_tiles * plan.tile.splits;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return taken(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+extern template int launch<Element::kHalf>(const Params &, int, void *);
+extern template int launch<Element::kBFloat16>(const Params &, int, void *);
+extern template int launch<Element::kTf32>(const Params &, int, void *);
 
 } // namespace googlenet_fused

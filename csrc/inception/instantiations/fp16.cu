@@ -1,3 +1,3 @@
 #include "../launch.cuh"
 
-template int googlenet_fused::launch<googlenet_fused::Element::kHalf>(const Params &, void *);
+template int googlenet_fused::launch<googlenet_fused::Element::kHalf>(const googlenet_fused::Params &, int, void *);

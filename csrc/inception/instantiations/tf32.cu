@@ -1,3 +1,3 @@
 #include "../launch.cuh"
 
-template int googlenet_fused::launch<googlenet_fused::Element::kTf32>(const Params &, void *);
+template int googlenet_fused::launch<googlenet_fused::Element::kTf32>(const googlenet_fused::Params &, int, void *);

@@ -28,12 +28,16 @@ _SIDE = 64
 """Of an image that is larger than any tile: what fits with it fits always."""
 
 _WAYS = {
-    "whole images": Tile(1, 12, 11, 1, 3),
-    "some rows": Tile(1, 5, 11, 1, 2),
-    "some rows and columns": Tile(1, 5, 4, 1, 4),
-    "output channels split": Tile(1, 12, 11, 3, 2),
+    "several images": Tile(2, 11, 11, 1, 2),
+    "whole images": Tile(1, 11, 11, 1, 3),
+    "some rows": Tile(1, 4, 11, 1, 2),
+    "some rows and columns": Tile(1, 4, 4, 1, 4),
+    "output channels split": Tile(1, 11, 11, 3, 2),
 }
-"""Tiles of images of 12x11, of every kind."""
+"""Tiles of every kind, of images of 11x11."""
+
+_WAY_SIDES = (11, _SIDE)
+"""Of images on which a way must fit to be one."""
 
 
 class CudaBackend(Backend):
@@ -50,22 +54,27 @@ class CudaBackend(Backend):
         return {"built": found["built"], "archs": found.get("archs", [])}
 
     def sources(self) -> str:
-        found = native.build_facts()
-        return f"{found.get('source')} {found.get('nvcc')}"
+        found = native.loaded_facts()
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+        return f"{found.get('source')} {found.get('nvcc')} {_code_for(capability, found.get('archs', []))}"
 
     def supports(self, problem: Problem) -> str | None:
         return (
             _refuse_device(problem.device)
             or native.load()
             or refuse_dtype(problem.dtype)
-            or (_refuse_spec(problem.device, problem.dtype, problem.spec) if problem.spec else None)
+            or (_refuse_spec(_indexed(problem.device), problem.dtype, problem.spec) if problem.spec else None)
         )
 
     def doubt(self, problem: Problem) -> str | None:
         return trust.doubt(self, problem)
 
     def ways(self, problem: Problem) -> Mapping[str, AbstractContextManager[None]]:
-        return {} if problem.spec is None else {name: use_tile(tile) for name, tile in _WAYS.items()}
+        if problem.spec is None:
+            return {}
+        one = (_indexed(problem.device), problem.dtype, problem.spec)
+        fitting = {name: tile for name, tile in _WAYS.items() if not any(_refuse_tile(*one, side, tile) for side in _WAY_SIDES)}
+        return {name: use_tile(tile) for name, tile in fitting.items()}
 
     def prepare(self, packed: PackedInception, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
         return pack(packed)
@@ -87,7 +96,12 @@ def _refuse_device(device: torch.device) -> str | None:
         return "it runs on NVIDIA GPUs, and this torch is built for AMD's"
     if device.type in ("cpu", "cuda") and not torch.cuda.is_available():
         return NO_CUDA
-    return _refuse_gpu(device) if device.type == "cuda" else f"it runs on CUDA tensors, not on {device.type}"
+    return _refuse_gpu(_indexed(device)) if device.type == "cuda" else f"it runs on CUDA tensors, not on {device.type}"
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device itself and not "the current one"."""
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
 
 
 @cache
@@ -96,32 +110,40 @@ def _refuse_gpu(device: torch.device) -> str | None:
     here = f"sm_{capability[0]}{capability[1]}"
     if capability < MINIMUM_CAPABILITY:
         return f"it needs sm_{MINIMUM_CAPABILITY[0]}{MINIMUM_CAPABILITY[1]} or later, this is {here}"
-    archs = native.build_facts().get("archs", [])
-    if any(map(lambda arch: _runs_on(arch, capability), archs)):
-        return None
+    archs = native.loaded_facts().get("archs", [])
+    if _code_for(capability, archs) is not None:
+        return torch.ops.googlenet_fused_cuda.driver_fault.default() or None
     fix = f'TORCH_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}"'
     return f"its library is built for {', '.join(archs)}, none of which runs on this {here}: build it anew with {fix}"
 
 
-def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether what nvcc built for this runs there: machine code within its major version, PTX on all later ones."""
-    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
-    if found is None:
-        return False
-    kind, built, only = found[1], (int(found[2]), int(found[3])), found[4]
-    if only:
-        return built == capability
-    return built <= capability and (kind == "compute" or built[0] == capability[0])
+def _code_for(capability: tuple[int, int], archs: Sequence[str]) -> str | None:
+    """Which of what nvcc built runs there, or None: machine code within its major version, else PTX of any earlier one."""
+    able = []
+    for arch in archs:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+        if found is None:
+            continue
+        machine, built, only = found[1] == "sm", (int(found[2]), int(found[3])), found[4] != ""
+        if built == capability or (not only and built <= capability and (not machine or built[0] == capability[0])):
+            able.append((machine, built, arch))
+    return max(able)[2] if able else None
 
 
 @cache
 def _refuse_spec(device: torch.device, dtype: torch.dtype, spec: InceptionSpec) -> str | None:
     """What the planner says of widths that it has no tile for, however small, on this device."""
+    return _refuse_tile(device, dtype, spec, _SIDE, None)
+
+
+@cache
+def _refuse_tile(device: torch.device, dtype: torch.dtype, spec: InceptionSpec, side: int, tile: Tile | None) -> str | None:
+    """What the planner says against a tile of two images of this side, or None; without a tile, against all."""
     properties: Any = torch.cuda.get_device_properties(device)
-    element = [*ELEMENTS].index(arithmetic(dtype))
+    problem = [[*ELEMENTS].index(arithmetic(dtype)), 2, side, side, *spec]
     facts = [properties.multi_processor_count, properties.shared_memory_per_block_optin]
     try:
-        torch.ops.googlenet_fused_cuda.plan.default([element, 1, _SIDE, _SIDE, *spec], facts)
+        torch.ops.googlenet_fused_cuda.plan.default(problem, facts, [*(tile.within(2, side, side) if tile else ())])
     except RuntimeError as error:
         return first_line(error)
     return None

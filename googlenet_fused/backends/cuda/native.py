@@ -35,11 +35,11 @@ class BuildFacts(TypedDict):
 
 
 def source_hash(csrc: Path) -> str:
-    """Of all that the library is made from: ``csrc/inception`` and the binding."""
+    """Of all that the library is made from: ``csrc/inception``, the binding, and the build with its flags."""
     folder = csrc / "inception"
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
     digest = hashlib.sha256()
-    for path in [*files, csrc / "binding.cpp"]:
+    for path in [*files, csrc / "binding.cpp", csrc / "build.py"]:
         digest.update(f"{path.relative_to(csrc).as_posix()}\0".encode())
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -77,7 +77,12 @@ def build_facts() -> BuildFacts:
 
 
 _lock = Lock()
-_loaded = False
+_loaded: BuildFacts | None = None
+
+
+def loaded_facts() -> BuildFacts:
+    """What is known of the library that this process runs, whatever was built since; of that on the disk if none is loaded."""
+    return _loaded or build_facts()
 
 
 def load() -> str | None:
@@ -88,7 +93,7 @@ def load() -> str | None:
     """
     global _loaded
     with _lock:
-        if _loaded:
+        if _loaded is not None:
             return None
         facts = build_facts()
         if not facts["built"]:
@@ -101,5 +106,5 @@ def load() -> str | None:
         except (OSError, RuntimeError) as error:  # of the dynamic linker and of the registration
             built_with = f"it was built with torch {facts.get('torch')}, here is {torch.__version__}"
             return f"the native library does not load: {' '.join(str(error).split())} ({built_with})"
-        _loaded = True
+        _loaded = facts
         return None

@@ -88,7 +88,7 @@ class CudaSimulationBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":
             return f"it simulates on CPU tensors, not on {problem.device.type}"
-        return _probe() or refuse_dtype(problem.dtype) or (_refuse_spec(problem.spec, problem.dtype) if problem.spec else None)
+        return _probe() or refuse_dtype(problem.dtype) or (_refuse_here(problem) if problem.spec else None)
 
     def doubt(self, problem: Problem) -> str | None:
         return "it simulates the CUDA kernel on a CPU, which is for tests: ask for it by name"
@@ -134,10 +134,17 @@ def _probe() -> str | None:
     return None
 
 
+def _refuse_here(problem: Problem) -> str | None:
+    simulation = _simulation.get() or Simulation()
+    assert problem.spec is not None
+    return _refuse_spec(problem.spec, problem.dtype, simulation.multiprocessors, simulation.shared_memory)
+
+
 @cache
-def _refuse_spec(spec: InceptionSpec, dtype: torch.dtype) -> str | None:
+def _refuse_spec(spec: InceptionSpec, dtype: torch.dtype, multiprocessors: int, shared_memory: int) -> str | None:
+    device = Simulation(multiprocessors, shared_memory).device
     try:
-        _module().plan(problem_of(spec, dtype, 1, 64, 64), Simulation().device)
+        _module().plan(problem_of(spec, dtype, 1, 64, 64), device)
     except ValueError as error:
         return first_line(error)
     return None

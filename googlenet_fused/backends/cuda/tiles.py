@@ -31,8 +31,9 @@ class Tile(NamedTuple):
     stages: int
 
     def within(self, batch: int, height: int, width: int) -> Tile:
-        """No larger than these images are."""
-        return self._replace(images=min(self.images, batch), rows=min(self.rows, height), columns=min(self.columns, width))
+        """No larger than these images are, and of several only if they are whole."""
+        images = min(self.images, batch) if self.rows >= height and self.columns >= width else 1
+        return self._replace(images=images, rows=min(self.rows, height), columns=min(self.columns, width))
 
 
 _forced: ContextVar[Tile | None] = ContextVar("googlenet_fused_cuda_tile", default=None)
