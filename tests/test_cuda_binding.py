@@ -182,7 +182,7 @@ WRONG = {
         r"tile has 2 numbers, \[1, 7\]; it is to have 5, \[images, rows, columns, .*\], or none",
     ),
     "a tile of no rows": (dict(tile=[1, 0, 28, 1, 2]), "tile's rows is 0; it is to be 1 to 2147483647"),
-    "a tile that does not fit": (dict(tile=[64, 28, 28, 1, 4]), r".*"),
+    "a tile that does not fit": (dict(tile=[64, 28, 28, 1, 4]), r".*pixels, at most 256"),
     "too many stages": (dict(tile=[1, 7, 28, 1, 9]), "9 stages, must be 2 to 4"),
 }
 
