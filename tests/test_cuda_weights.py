@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from cases import GOOGLENET_MODULES, ODD_SPECS, as_convs, both_large_kernels, inception_arguments
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from googlenet_fused.backends.cuda.simulation import problem_of
 from googlenet_fused.backends.cuda.weights import pack, round_to_tf32
@@ -94,6 +97,26 @@ def test_a_device_without_memory_gives_the_shapes() -> None:
     weights, biases = pack(packed)
     on_meta = pack(PackedInception(*(tensor.to("meta") for tensor in packed)))
     assert [tensor.shape for tensor in on_meta] == [weights.shape, biases.shape]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_takes_nothing_from_the_host(dtype: torch.dtype) -> None:
+    """No tensor of another device, not even a number as one: a CUDA graph that is captured would not take it."""
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            found = operator(*args, **(kwargs or {}))
+            tensors += [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+            seen.extend((str(operator), tensor.device.type) for tensor in tensors)
+            return found
+
+    packed = PackedInception(*(tensor.to("meta") for tensor in packed_weights(ODD_SPECS["wide"], dtype)))
+    with Watching():
+        pack(packed)
+    assert seen
+    assert {name for name, device in seen if device != "meta"} == set()
 
 
 def test_rounding_to_tf32() -> None:

@@ -23,6 +23,8 @@ def pack(packed: PackedInception) -> tuple[Tensor, Tensor]:
     """Weights ``[bytes]`` in uint8 and biases ``[columns]`` in fp32 of the four products: the pooled projection, the 1x1s that
     read the input, the second branch's convolution, the third's.
 
+    Only by operators on that device: a first call may be captured in a CUDA graph, which takes no copies from the host.
+
     Args:
         packed: in fp16, bf16 or fp32, which is rounded to TF32; on any device.
     """
@@ -57,7 +59,7 @@ def round_to_tf32(values: Tensor) -> Tensor:
     A NaN becomes one that TF32 holds: the tensor cores read the upper bits alone, of which a NaN may have none but infinity's.
     """
     rounded = ((values.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, torch.where(values.isnan(), torch.nan, values))
+    return torch.where(values.isfinite(), rounded, values.masked_fill(values.isnan(), torch.nan))
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
@@ -84,6 +86,6 @@ def _staged(matrix: Tensor) -> Tensor:
     padded = F.pad(_padded(matrix, UNIT_COLUMNS), (0, -matrix.shape[1] % stage))
     columns = padded.shape[0]
     staged = padded.reshape(columns, -1, units, UNIT_BYTES // size).transpose(0, 1)
-    column, unit = torch.arange(columns)[:, None], torch.arange(units)
-    source = (unit ^ (column >> 1 & 3)).to(matrix.device)[None, :, :, None]
+    column, unit = (torch.arange(count, device=matrix.device) for count in (columns, units))
+    source = (unit ^ (column[:, None] >> 1 & 3))[None, :, :, None]
     return staged.gather(2, source.expand(staged.shape)).contiguous().view(torch.uint8).flatten()
