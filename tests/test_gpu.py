@@ -26,6 +26,8 @@ from cases import (
     cotangent,
     guarded_buffer,
     inception_arguments,
+    integer_convs,
+    integer_input,
     plain_googlenet,
     plain_inception,
     plain_result,
@@ -215,6 +217,38 @@ def test_every_element_is_written_and_nothing_else(device: str, backend: str, dt
         check_close(out, [peer], plain_result(x, convs), terms=packed.shared_weight.shape[1])
 
     in_every_form(backend, device, dtype, ALIGNED, check)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("spec", [pytest.param(PRIMES, id="primes"), pytest.param(ALIGNED, id="aligned")])
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        pytest.param(device, backend, id=f"{device}-{backend}-tf32", marks=[pytest.mark.gpu] if device == "cuda" else [])
+        for device in ("cpu", "cuda")
+        for backend in can_run(torch.float32, device, interpreted=True)
+        if device == "cpu" or registry.get(backend).needs_verification  # algorithms of cuDNN need not be exact
+    ],
+)
+def test_integers_are_exact_in_tf32(
+    device: str, backend: str, spec: InceptionSpec, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every element is written and nothing else, in each of many runs. TF32 holds integers up to 2048."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    convs = [ConvParams(weight.to(device), bias.to(device)) for weight, bias, *_ in integer_convs(spec)]
+    x = LAYOUTS["channels_last" if channels_last else "contiguous"](integer_input(spec, 3, 7, 7)).to(device)
+    chosen, packed, expected = registry.get(backend), pack_inception(convs, x.dtype), plain_result(x, convs).float()
+
+    def check() -> None:
+        for _ in range(20 if device == "cuda" else 1):
+            buffer = guarded_buffer((3, spec.out_channels, 7, 7), x.dtype, channels_last=channels_last)[1].to(device)
+            out = buffer[1:-1, 8:-8, 1:-1, 1:-1]
+            chosen.inception(x, packed, chosen.prepare(packed, x.shape), out)
+            check_guards(out, buffer)
+            assert_same(out, expected)
+
+    in_every_form(backend, device, x.dtype, spec, check)
 
 
 @on_every_device
