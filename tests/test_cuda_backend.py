@@ -39,7 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(native, "load", lambda: None)
     ops = SimpleNamespace(plan=SimpleNamespace(default=planned), driver_fault=SimpleNamespace(default=lambda: facts.driver))
     monkeypatch.setattr(torch.ops, "googlenet_fused_cuda", ops)
-    for cached in (backend._refuse_gpu, backend._refuse_spec, backend._refuse_tile):
+    for cached in (backend._refuse_library, backend._refuse_gpu, backend._refuse_spec, backend._refuse_tile):
         cached.cache_clear()
     return facts
 
@@ -47,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def _forget() -> object:
     yield
-    for cached in (backend._refuse_gpu, backend._refuse_spec, backend._refuse_tile):
+    for cached in (backend._refuse_library, backend._refuse_gpu, backend._refuse_spec, backend._refuse_tile):
         cached.cache_clear()
 
 
@@ -68,6 +68,14 @@ def test_other_dtypes_and_devices_are_refused(gpu: SimpleNamespace, monkeypatch:
     assert "fp32_precision does not allow" in str(refusal(torch.float32))
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "built for AMD's" in str(refusal())
+
+
+def test_a_library_that_is_not_there_is_the_reason_on_a_gpu(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(native, "load", lambda: asked.append(1) or "there is no nvcc")
+    monkeypatch.setattr(native, "loaded_facts", lambda: {"built": False, "reason": "there is no nvcc"})
+    assert refusal(spec=SPEC) == refusal() == registry.get("cuda").probe() == "there is no nvcc"
+    assert len(asked) == 1, "an answer takes reading all of the library's sources"
 
 
 def test_a_machine_without_a_gpu_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

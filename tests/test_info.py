@@ -19,6 +19,7 @@ import torch
 
 from googlenet_fused import __version__, info
 from googlenet_fused.backends import registry, trust
+from googlenet_fused.backends.cuda import backend as cuda_backend
 from googlenet_fused.backends.cuda import native
 from googlenet_fused.backends.triton import backend
 from googlenet_fused.info import PackageState
@@ -61,10 +62,12 @@ def test_the_cuda_backend_says_whether_it_was_built(monkeypatch: pytest.MonkeyPa
     assert "; built for sm_80, compute_90; its tests" in info.as_text({**info.report(), "backends": {"cuda": state}})
     monkeypatch.setattr(native, "build_facts", lambda: {"built": False, "reason": "there is no nvcc"})
     monkeypatch.setattr(native, "_loaded", None)
+    cuda_backend._refuse_library.cache_clear()
     state = info.backends()["cuda"]
     assert (state["built"], state["archs"], state["available"], state["reason"]) == (False, [], False, "there is no nvcc")
     text = info.as_text({**info.report(), "backends": {"cuda": state}})
     assert "not available: there is no nvcc; its tests have not run on a GPU yet" in text
+    cuda_backend._refuse_library.cache_clear()
 
 
 def test_the_machine_is_described(facts: dict[str, object]) -> None:

@@ -67,7 +67,7 @@ class Backend(ABC):
     name: str
     description: str
     for_tests = False
-    """Whether nobody would use it for its results: automatic choice and benchmarks pass it over."""
+    """Whether nobody would use it for its results: automatic choice and benchmarks pass it over, and no message offers it."""
 
     last_resort = False
     """Whether it is slow enough for ending there to be worth a warning."""
@@ -271,7 +271,7 @@ def select(name: str, problem: Problem, *, lasting: bool = False) -> Backend:
         backend = get(name)
         reason = backend.supports(problem)
         if reason is not None:
-            able = [other for other in names() if _backends[other].supports(problem) is None]
+            able = [other for other in names() if not get(other).for_tests and get(other).supports(problem) is None]
             raise BackendError(
                 f"backend {name!r} cannot run {problem}: {reason}. Backends that can: {', '.join(map(repr, able)) or 'none'}"
             )

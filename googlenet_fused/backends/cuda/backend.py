@@ -47,7 +47,7 @@ class CudaBackend(Backend):
     arithmetics = tuple(ELEMENTS)
 
     def probe(self) -> str | None:
-        return native.load() or _refuse_machine()
+        return _refuse_library() or _refuse_machine()
 
     def facts(self) -> dict[str, Any]:
         found = native.build_facts()
@@ -61,7 +61,8 @@ class CudaBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         return (
             _refuse_device(problem.device)
-            or native.load()
+            or _refuse_library()
+            or _refuse_gpu(_indexed(problem.device))
             or refuse_dtype(problem.dtype)
             or (_refuse_spec(_indexed(problem.device), problem.dtype, problem.spec) if problem.spec else None)
         )
@@ -85,10 +86,15 @@ class CudaBackend(Backend):
         torch.ops.googlenet_fused_cuda.inception.default(readable(x), weights, bias, [*packed.spec], [*tile], out)
 
 
+@cache
+def _refuse_library() -> str | None:
+    """Asked in every call of an operator; where the library is not loaded an answer takes reading its sources."""
+    return native.load()
+
+
 def _refuse_machine() -> str | None:
-    if not torch.cuda.is_available():
-        return NO_CUDA
-    return _refuse_device(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda")
+    return _refuse_device(device) or _refuse_gpu(_indexed(device))
 
 
 def _refuse_device(device: torch.device) -> str | None:
@@ -96,7 +102,7 @@ def _refuse_device(device: torch.device) -> str | None:
         return "it runs on NVIDIA GPUs, and this torch is built for AMD's"
     if device.type in ("cpu", "cuda") and not torch.cuda.is_available():
         return NO_CUDA
-    return _refuse_gpu(_indexed(device)) if device.type == "cuda" else f"it runs on CUDA tensors, not on {device.type}"
+    return None if device.type == "cuda" else f"it runs on CUDA tensors, not on {device.type}"
 
 
 def _indexed(device: torch.device) -> torch.device:

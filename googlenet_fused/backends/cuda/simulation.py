@@ -97,6 +97,8 @@ class CudaSimulationBackend(Backend):
         return pack(packed)
 
     def inception(self, x: Tensor, packed: PackedInception, prepared: tuple[Tensor, ...], out: Tensor) -> None:
+        if (refusal := refuse_dtype(x.dtype)) is not None:  # torch's flags may have changed since it was chosen
+            raise RuntimeError(refusal)
         weights, bias = prepared
         simulation, tile = _simulation.get() or Simulation(), forced_tile(x)
         n, _, h, w = x.shape
