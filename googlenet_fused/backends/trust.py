@@ -392,9 +392,10 @@ _RUNS: tuple[tuple[InceptionSpec | None, tuple[int, int, int]], ...] = (
 )
 """Widths that no kernel likes and GoogLeNet's, with batch, height and width; None is the stem's convolution."""
 
-_IN_ALL_WAYS: tuple[InceptionSpec, tuple[int, int, int]] = (InceptionSpec(64, 32, 32, 64, 16, 32, 32, 3), (401, 11, 11))
-"""What runs in every way of the backend, channels_last. Its widths are aligned, so that descriptors apply; its tiles, of the
-branch kernel one an image, are more than the two for each of up to 199 multiprocessors that a persistent grid takes at once."""
+_IN_ALL_WAYS: tuple[InceptionSpec, tuple[int, int, int]] = (InceptionSpec(64, 32, 32, 64, 16, 32, 32, 3), (801, 11, 11))
+"""What runs in every way of the backend, channels_last. Its widths are aligned, so that descriptors apply; two images fit in a
+tile of Triton's branch kernel and of the CUDA kernel, which leaves a last one with half as many; and its tiles are more than
+the two for each of up to 200 multiprocessors that a persistent grid takes at once."""
 
 _FENCE = 256
 """Elements on either side of an output; a multiple of what any kernel aligns to."""
