@@ -555,6 +555,21 @@ def test_a_wheel_with_the_library(tmp_path: Path) -> None:
     assert "cuda" in doctor["backends"]
 
 
+@pytest.mark.extra
+@needs_build
+@pytest.mark.skipif(bool(no_nvcc or no_ninja or no_cxx), reason=str(no_nvcc or no_ninja or no_cxx))
+def test_the_wheel_for_every_architecture(tmp_path: Path) -> None:
+    """Built whole, beside the sources' own objects, within 25 minutes."""
+    tree = sources(tmp_path / "tree")
+    (tree / "csrc").unlink()
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    wheel = make("wheel", tree, GOOGLENET_FUSED_BUILD="cuda", TORCH_CUDA_ARCH_LIST=build.WHEEL_ARCHS)
+    with zipfile.ZipFile(wheel) as archive:
+        facts = json.loads(archive.read(f"googlenet_fused/backends/cuda/{native.FACTS}"))
+    assert facts["archs"] == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]
+    assert 30 < facts["seconds"] < 25 * 60
+
+
 @pytest.mark.slow
 @needs_build
 def test_a_wheel_without_the_library(tmp_path: Path) -> None:
