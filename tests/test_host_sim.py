@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
 
 _host_sim = pytest.importorskip("googlenet_fused.backends.cuda._host_sim", reason="the simulation is not built: make native")
 
@@ -30,6 +33,75 @@ def test_a_product_of_fragments(element: str) -> None:
     assert np.array_equal(found, a @ b)
 
 
+# The PTX manual's formulas for mma.m16n8k16 (halves) and m16n8k8 (TF32): where the i-th element of a lane's registers stands.
+
+
+def place_in_a(element: str, lane: int, i: int) -> tuple[int, int]:
+    group, member = lane >> 2, lane % 4
+    if element == "tf32":
+        return group if i in (0, 2) else group + 8, member if i < 2 else member + 4
+    return group if i < 2 or 4 <= i < 6 else group + 8, member * 2 + (i & 1) + (8 if i >= 4 else 0)
+
+
+def place_in_b(element: str, lane: int, i: int) -> tuple[int, int]:
+    group, member = lane >> 2, lane % 4
+    if element == "tf32":
+        return member if i == 0 else member + 4, group
+    return member * 2 + (i & 1) + (8 if i >= 2 else 0), group
+
+
+def place_in_sums(lane: int, i: int) -> tuple[int, int]:
+    return (lane >> 2) + (8 if i >= 2 else 0), (lane % 4) * 2 + (i & 1)
+
+
+Place = Callable[[str, int, int], tuple[int, int]]
+
+
+def registers(element: str, matrix: np.ndarray, place: Place, words: int) -> np.ndarray:
+    """[32, words] of a warp that holds the matrix."""
+    count = words if element == "tf32" else 2 * words
+    lanes = [[matrix[place(element, lane, i)] for i in range(count)] for lane in range(32)]
+    return np.array(lanes, matrix.dtype).view(np.uint32)
+
+
+@pytest.mark.parametrize("element", K)
+def test_mma_has_the_manuals_registers(element: str) -> None:
+    """Apart from ldmatrix: in a product through both, one wrong permutation of K could make up for another."""
+    generator = np.random.default_rng(4)
+    a, b = generator.integers(-9, 10, (16, K[element])), generator.integers(-9, 10, (K[element], 32))
+    b_words = [registers(element, bits(element, b[:, begin : begin + 8]), place_in_b, 2) for begin in range(0, 32, 8)]
+    a_words = registers(element, bits(element, a), place_in_a, 4)
+    found = _host_sim.multiply_words(element, a_words.ravel().tolist(), np.hstack(b_words).ravel().tolist())
+    sums, expected = np.array(found).reshape(32, 4, 4), a @ b
+    for lane in range(32):
+        for i in range(4):
+            row, column = place_in_sums(lane, i)
+            assert np.array_equal(sums[lane, :, i], expected[row, column::8]), (lane, i)
+
+
+def test_ldmatrix_gives_each_row_to_four_lanes() -> None:
+    rows = np.arange(128, dtype=np.uint32).reshape(32, 4)
+    found = np.array(_host_sim.load_matrices(rows.ravel().tolist())).reshape(32, 4)
+    for lane in range(32):
+        for matrix in range(4):
+            assert found[lane, matrix] == rows[matrix * 8 + lane // 4, lane % 4]
+
+
+@pytest.mark.parametrize("element", K)
+def test_nan_infinity_and_subnormal_factors(element: str) -> None:
+    tiny = {"fp16": 2.0**-24, "bf16": 2.0**-133, "tf32": 2.0**-136}[element]
+    a, b = np.zeros((16, K[element])), np.zeros((K[element], 32))
+    a[0, 0], a[1, 1], a[2, 2] = np.nan, np.inf, tiny
+    b[:3] = np.array([[1], [-2], [1024]])
+    b[1, 3] = 0
+    found = _host_sim.multiply_fragments(element, bits(element, a), np.ascontiguousarray(bits(element, b).T))
+    assert np.isnan(found[0]).all()
+    assert np.isnan(found[1, 3])
+    assert (np.delete(found[1], 3) == -np.inf).all()
+    assert (found[2] == np.float32(tiny * 1024)).all()
+    assert not found[3:].any()
+
+
 @pytest.mark.parametrize("element", K)
 def test_each_factor_reaches_its_place(element: str) -> None:
     for row, k, column in [(0, 0, 0), (15, K[element] - 1, 31), (3, 5, 17), (9, 2, 8)]:
@@ -41,10 +113,36 @@ def test_each_factor_reaches_its_place(element: str) -> None:
         assert np.array_equal(found, expected)
 
 
-def test_tf32_factors_are_cut_to_19_bits() -> None:
-    a, b = np.zeros((16, 8), np.float32), np.zeros((32, 8), np.float32)
-    a[0, 0], b[0, 0] = 1 + 2**-10 + 2**-12, 1
-    assert _host_sim.multiply_fragments("tf32", a, b)[0, 0] == 1 + 2**-10
+@pytest.mark.parametrize("operand", [0, 1])
+def test_tf32_factors_are_cut_to_19_bits(operand: int) -> None:
+    factors = np.zeros((16, 8), np.float32), np.zeros((32, 8), np.float32)
+    factors[0][0, 0] = factors[1][0, 0] = 1
+    factors[operand][0, 0] = 1 + 2**-10 + 2**-11 + 2**-23  # more than half of the last bit, but nothing is rounded
+    assert _host_sim.multiply_fragments("tf32", *factors)[0, 0] == 1 + 2**-10
+
+
+@pytest.mark.parametrize("element", ["fp16", "bf16"])
+def test_pairs_are_rounded_to_the_nearest_even(element: str) -> None:
+    random = np.random.default_rng(0).integers(0, 2**32, 2000, dtype=np.uint32)
+    # Ties, too, of which random numbers have few, and what overflows.
+    numbers = np.concatenate([random, random & 0xFFFF8000, random & 0xFFFFF000, [0x7F7FFFFF, 0x477FF000, 0x477FEFFF]])
+    numbers = numbers.astype(np.uint32).view(np.float32)
+    numbers = numbers[~np.isnan(numbers)]
+    dtype = torch.float16 if element == "fp16" else torch.bfloat16
+    expected = torch.from_numpy(numbers).to(dtype).view(torch.uint16).numpy().astype(np.uint32)
+    found = [_host_sim.pack_pair(element, low, high) for low, high in zip(numbers, numbers[::-1], strict=True)]
+    assert np.array_equal(np.array(found, np.uint32), expected | expected[::-1] << 16)
+
+
+@pytest.mark.parametrize("element", ["fp16", "bf16"])
+def test_packed_nan_is_the_one_that_a_gpu_makes(element: str) -> None:
+    assert _host_sim.pack_pair(element, -np.nan, 1.0) & 0xFFFF == 0x7FFF
+
+
+@pytest.mark.parametrize(("element", "minus"), [("fp16", 0x8000), ("bf16", 0x8000), ("tf32", 0x80000000)])
+def test_zero_is_larger_than_minus_zero(element: str, minus: int) -> None:
+    larger = _host_sim.larger
+    assert [larger(element, 0, minus), larger(element, minus, 0), larger(element, minus, minus)] == [0, 0, minus]
 
 
 def test_words_are_transposed_among_four_lanes() -> None:
@@ -96,9 +194,40 @@ def test_the_larger_of_two_is_nan_if_one_is(element: str) -> None:
 
 @pytest.mark.parametrize(("pitch", "conflicts"), [(16, 1), (32, 2), (48, 1), (64, 4), (80, 1), (128, 8), (144, 1), (208, 1)])
 def test_bank_conflicts_are_counted(pitch: int, conflicts: int) -> None:
-    counters = _host_sim.read_rows(pitch)
-    for kind in ("ldmatrix_a", "ldmatrix_b", "shared_loads"):
+    counters = _host_sim.touch_rows(pitch)
+    for kind in ("ldmatrix_a", "shared_loads", "shared_stores", "copy_writes"):
         assert counters[kind] == (4 * conflicts, 4), kind
+    assert counters["ldmatrix_b"] == (4, 4)  # one row for all lanes
+
+
+@pytest.mark.parametrize(("pitch", "sectors"), [(16, 16), (32, 32), (48, 32), (128, 32)])
+def test_sectors_are_counted(pitch: int, sectors: int) -> None:
+    counters = _host_sim.touch_rows(pitch)
+    assert counters["global_reads"] == (sectors, 16)
+    assert counters["global_writes"] == (16, 16)
+
+
+def test_what_is_counted_always() -> None:
+    counters = _host_sim.touch_rows(16)
+    assert (counters["products"], counters["barriers"], counters["copied_bytes"]) == (4, 2, 512)
+
+
+def test_orders_of_threads() -> None:
+    def turns(order: str, seed: int = 0) -> tuple[list[int], list[int]]:
+        found: list[int] = _host_sim.turns(order=order, seed=seed)
+        return found[:64], found[64:]
+
+    threads = list(range(64))
+    assert turns("forward")[0] == threads
+    assert turns("reversed")[0] == threads[::-1]
+    shuffled = [turns("shuffled", seed) for seed in range(32)]
+    for begun, gone_on in [*shuffled, turns("forward"), turns("reversed")]:
+        assert sorted(begun) == sorted(gone_on) == threads
+    assert shuffled[0] == turns("shuffled", 0)
+    assert len({str(one) for one in shuffled}) == 32
+    first_warps = {(begun[0] // 32, gone_on[0] // 32) for begun, gone_on in shuffled}
+    assert first_warps == {(0, 0), (0, 1), (1, 0), (1, 1)}  # who comes last to a barrier need not go on first
+    assert any(begun[-1] % 32 != gone_on[0] % 32 for begun, gone_on in shuffled)
 
 
 SOUND = [name for name in _host_sim.faults() if name.startswith("sound")]
@@ -106,10 +235,14 @@ FAULTS = [name for name in _host_sim.faults() if name not in SOUND]
 
 OF_RACES = [
     "missing barrier",
-    "missing wait",
+    "wait for too few",
     "missing barrier after the wait",
     "early overwrite",
     "write over a copy that landed",
+    "missing barrier in a warp",
+    "missing barrier after the wait in a warp",
+    "early overwrite in a warp",
+    "ldmatrix without a barrier in a warp",
 ]
 """Faults that the shadow of races is there for. Without it they need the order that shows them."""
 
@@ -141,6 +274,12 @@ def test_what_is_wrong_is_named() -> None:
         _host_sim.provoke("missing barrier")
     with pytest.raises(_host_sim.SimulationError, match="an access outside of shared memory, at 1024 of 1024"):
         _host_sim.provoke("shared memory out of range")
+    with pytest.raises(_host_sim.SimulationError, match=r"a race at \d+: .* another thread's (read|write)"):
+        _host_sim.provoke("early overwrite in a warp")
+    with pytest.raises(_host_sim.SimulationError, match=r"a copy to \d+ is not waited for at the end"):
+        _host_sim.provoke("copy not waited for")
+    with pytest.raises(_host_sim.SimulationError, match="a read of 4 bytes outside of every input, 4 bytes beyond input"):
+        _host_sim.provoke("stray number")
     with pytest.raises(_host_sim.SimulationError, match="8 output elements are never written, the first of them 56"):
         _host_sim.provoke("never written")
 
@@ -174,6 +313,8 @@ def test_arrays_in_and_out() -> None:
         ({"x": np.zeros((1, 8, 3, 5), np.uint16)}, r"x is \(1, 8, 3, 5\); it is to be \(1, 8, 3, 4\)"),
         ({"x": np.zeros((1, 8, 3, 4), np.uint16)}, "channels"),
         ({"out": np.zeros((1, 16, 3, 4), np.uint16)}, r"out is .* it is to be \(1, 15, 3, 4\)"),
+        ({"out": np.lib.stride_tricks.as_strided(np.zeros(400, np.uint16), (1, 15, 3, 4), (0, 2, 0, 30))}, "elements overlap"),
+        ({"out": np.lib.stride_tricks.as_strided(np.zeros(400, np.uint16), (1, 15, 3, 4), (0, 2, 88, 30))}, "elements overlap"),
         ({"weights": np.zeros(3, np.uint8)}, r"weights is \(3,\); packed for these widths"),
         ({"bias": np.zeros(3, np.float32)}, r"bias is \(3,\); packed for these widths"),
         ({"order": "sideways"}, "order is 'sideways'; it is to be forward, reversed or shuffled"),
@@ -185,6 +326,31 @@ def test_arrays_in_and_out() -> None:
 def test_wrong_arguments(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _host_sim.simulate(**{**arrays(), **change})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch", 1.5, r"problem's batch is 1\.5; it is to be an integer of 32 bits"),
+        ("ch1x1", 2**31, r"problem's ch1x1 is 2147483648; it is to be an integer of 32 bits"),
+        ("element", None, "problem's element is None; it is to be fp16, bf16 or tf32"),
+        ("element", "fp8", "element is 'fp8'; it is to be fp16, bf16 or tf32"),
+    ],
+)
+def test_wrong_problems(field: str, value: object, message: str) -> None:
+    given = arrays()
+    with pytest.raises(ValueError, match=message):
+        _host_sim.simulate(**{**given, "problem": {**given["problem"], field: value}})  # type: ignore[dict-item]
+
+
+def test_wrong_sizes_of_what_is_for_tests() -> None:
+    for call in (lambda: _host_sim.transpose_words([1, 2, 3]), lambda: _host_sim.load_matrices([1])):
+        with pytest.raises(ValueError, match=r"words are \d; they are to be 128"):
+            call()
+    with pytest.raises(ValueError, match="b's words are 0; they are to be 256"):
+        _host_sim.multiply_words("fp16", [0] * 128, [])
+    with pytest.raises(ValueError, match="pitch is 8"):
+        _host_sim.touch_rows(8)
 
 
 def test_a_strided_output_is_written_in_its_places_alone() -> None:

@@ -14,14 +14,24 @@ namespace googlenet_fused::sim {
 // k such that rows take kStepBytes.
 std::vector<float> multiply_fragments(Element element, const void *a, const void *b_transposed);
 
-// words [32, 4], a row a lane.
+// Registers of a warp, a row a lane. All throw std::invalid_argument for other sizes.
+// words [32, 4] to the same.
 std::vector<std::uint32_t> transpose_lanes(const std::vector<std::uint32_t> &words);
+// 16 bytes a lane, in shared memory one after another, to what ldmatrix.x4 gives of them: [32, 4] to the same.
+std::vector<std::uint32_t> load_lanes(const std::vector<std::uint32_t> &rows);
+// a [32, 4] and b [32, 8], two words for each of four mma, to sums [32, 16], four numbers for each.
+std::vector<float> multiply_lanes(Element element, const std::vector<std::uint32_t> &a, const std::vector<std::uint32_t> &b);
 
 std::uint32_t rounded_to_tf32(std::uint32_t bits);
 std::uint32_t larger_of(Element element, std::uint32_t one, std::uint32_t other);
+std::uint32_t packed_pair(Element element, float low, float high); // of halves
 
-// Reads rows of 16 bytes, ``pitch`` bytes apart, by ldmatrix and by 16-byte loads of a warp, and counts.
-Counters read_rows(int pitch);
+// Copies 16 bytes a lane from and to rows ``pitch`` bytes apart, loads them, stores them there and side by side to an output,
+// and reads them by ldmatrix: as a, rows of that pitch; as b, one row by all lanes.
+Counters touch_rows(int pitch);
+
+// Threads of two warps by when they begin, then by when they go on after a barrier.
+std::vector<int> turns(const Modes &modes);
 
 // Runs a kernel with the fault of that name, or with none: "sound". Throws std::invalid_argument for another name.
 Counters provoke(const std::string &fault, const Modes &modes);

@@ -13,9 +13,17 @@ namespace {
 
 [[noreturn]] void refuse(const std::string &what) { throw py::value_error(what); }
 
-int number(const py::dict &from, const char *whose, const char *name) {
+template <class Value> Value field_of(const py::dict &from, const char *whose, const char *name, const char *what) {
   if (!from.contains(name)) refuse(std::string(whose) + " lacks " + name);
-  return from[name].cast<int>();
+  try {
+    return from[name].cast<Value>();
+  } catch (const py::cast_error &) {
+    refuse(std::string(whose) + "'s " + name + " is " + py::repr(from[name]).cast<std::string>() + "; it is to be " + what);
+  }
+}
+
+int number(const py::dict &from, const char *whose, const char *name) {
+  return field_of<int>(from, whose, name, "an integer of 32 bits");
 }
 
 Element element_of(const std::string &name) {
@@ -27,8 +35,8 @@ Element element_of(const std::string &name) {
 
 Problem problem_of(const py::dict &from) {
   const auto field = [&](const char *name) { return number(from, "problem", name); };
-  if (!from.contains("element")) refuse("problem lacks element");
-  return {element_of(from["element"].cast<std::string>()), field("batch"), field("height"), field("width"),
+  const auto element = field_of<std::string>(from, "problem", "element", "fp16, bf16 or tf32");
+  return {element_of(element), field("batch"), field("height"), field("width"),
           field("in_channels"), field("ch1x1"), field("ch3x3red"), field("ch3x3"), field("ch5x5red"), field("ch5x5"),
           field("pool_proj"), field("large_kernel")};
 }
@@ -193,10 +201,10 @@ void take_image(const char *name, const py::array &array, const Problem &problem
   }
 }
 
-Array extent_of(const py::array &array) {
+Array extent_of(const char *name, const py::array &array) {
   std::int64_t bytes = array.itemsize();
   for (py::ssize_t axis = 0; axis < array.ndim(); axis++) bytes += (array.shape(axis) - 1) * array.strides(axis);
-  return {array.data(), array.size() == 0 ? 0 : bytes};
+  return {name, array.data(), array.size() == 0 ? 0 : bytes};
 }
 
 template <class Number> void check_packed(const char *name, const py::array &array, std::int64_t size) {
@@ -225,7 +233,7 @@ py::dict simulate_arrays(const py::dict &problem, const py::dict &device, const 
   pointers.out = out.mutable_data();
   pointers.weights = weights.data();
   pointers.bias = static_cast<const float *>(bias.data());
-  const Extents extents = {extent_of(x), extent_of(weights), extent_of(bias)};
+  const Extents extents = {extent_of("x", x), extent_of("weights", weights), extent_of("bias", bias)};
   const Modes modes = modes_of(order, seed, eager, races, poison, count, threads);
   Counters counters;
   {
@@ -304,6 +312,14 @@ PYBIND11_MODULE(_host_sim, m) {
   m.def("multiply_fragments", &multiply_arrays, "a [16, k] times b [k, 32], given transposed, by one warp: a step of K.",
         "element"_a, "a"_a, "b_transposed"_a);
   m.def("transpose_words", &transpose_lanes, "128 words, four a lane.", "words"_a);
+  m.def("load_matrices", &load_lanes, "What ldmatrix.x4 gives, four words a lane, of 16 bytes of each lane.", "rows"_a);
+  m.def(
+      "multiply_words",
+      [](const std::string &element, const std::vector<std::uint32_t> &a, const std::vector<std::uint32_t> &b) {
+        return multiply_lanes(element_of(element), a, b);
+      },
+      "Four mma of a warp on registers: four words a lane of a, two for each mma of b, four sums for each.", "element"_a, "a"_a,
+      "b"_a);
   m.def("round_to_tf32", &rounded_to_tf32, "Of the bits of a float.", "bits"_a);
   m.def(
       "larger",
@@ -312,7 +328,17 @@ PYBIND11_MODULE(_host_sim, m) {
       },
       "Of each two numbers in a word.", "element"_a, "one"_a, "other"_a);
   m.def(
-      "read_rows", [](int pitch) { return as_dict(read_rows(pitch)); }, "What reading 32 rows of 16 bytes takes.", "pitch"_a);
+      "pack_pair",
+      [](const std::string &element, float low, float high) { return packed_pair(element_of(element), low, high); },
+      "Two numbers in a word.", "element"_a, "low"_a, "high"_a);
+  m.def(
+      "touch_rows", [](int pitch) { return as_dict(touch_rows(pitch)); },
+      "What it takes to copy, load and store 32 rows of 16 bytes and to read them by ldmatrix.", "pitch"_a);
+  m.def(
+      "turns",
+      [](const std::string &order, std::uint64_t seed) { return turns(modes_of(order, seed, false, true, true, false, 1)); },
+      "64 threads by when they begin, then by when they go on after a barrier.", py::kw_only(), "order"_a = "forward",
+      "seed"_a = 0);
   m.def("faults", &faults, "Names for ``provoke``.");
   m.def(
       "provoke",

@@ -44,9 +44,9 @@ template <class T> float half_number(std::uint32_t bits) {
 }
 
 template <class T> std::uint32_t half_bits(float number) {
+  if (std::isnan(number)) return 0x7fff; // the one NaN that a GPU makes
   if constexpr (T::kElement == Element::kHalf) return _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
   const std::uint32_t bits = to_bits(number);
-  if (std::isnan(number)) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
@@ -95,7 +95,7 @@ void load_four(const Deposits &deposits, bool of_a, const AddressOf &address_of,
     for (int row = 0; row < 8; row++) {
       rows[row] = address_of(*static_cast<Operands *>(deposits[matrix * 8 + row]));
       memory[row] = block->shared(rows[row], 16);
-      block->note_read(rows[row]);
+      block->note_read(rows[row], kWholeWarp);
     }
     block->count_matrix(rows, of_a);
     for (int lane = 0; lane < kLanes; lane++) {
@@ -246,7 +246,10 @@ inline std::uint32_t round_to_tf32(std::uint32_t bits) {
 }
 
 template <class T> std::uint32_t larger(std::uint32_t one, std::uint32_t other) {
-  const auto larger_number = [](float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; };
+  const auto larger_number = [](float a, float b) {
+    if (std::isnan(a) || std::isnan(b)) return sim::from_bits(0x7fffffff);
+    return a > b || (a == b && !std::signbit(a)) ? a : b; // +0 is larger than -0
+  };
   if constexpr (T::kBytes == 4) {
     return sim::to_bits(larger_number(sim::from_bits(one), sim::from_bits(other)));
   } else {

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <numeric>
 #include <set>
+#include <sstream>
 #include <thread>
 
 namespace googlenet_fused::sim {
@@ -28,6 +29,17 @@ Output::Output(void *data, const std::array<std::int64_t, 4> &sizes, const std::
     : data_(static_cast<unsigned char *>(data)), sizes_(sizes), strides_(strides), element_bytes_(element_bytes) {
   std::iota(by_stride_.begin(), by_stride_.end(), 0);
   std::stable_sort(by_stride_.begin(), by_stride_.end(), [&](int a, int b) { return strides[a] > strides[b]; });
+  std::int64_t spanned = 1; // elements from the first to the last along the axes of smaller strides
+  for (auto axis = by_stride_.rbegin(); axis != by_stride_.rend(); axis++) {
+    if (sizes[*axis] == 1) continue;
+    if (strides[*axis] < spanned) {
+      std::ostringstream what;
+      what << "out has strides of " << strides[0] << ", " << strides[1] << ", " << strides[2] << " and " << strides[3]
+           << " elements, by which its elements overlap or interleave; copy it to an array of its own";
+      throw std::invalid_argument(what.str());
+    }
+    spanned += (sizes[*axis] - 1) * strides[*axis];
+  }
   written_.resize(sizes[0] * sizes[1] * sizes[2] * sizes[3]);
 }
 
@@ -65,11 +77,11 @@ void Output::check_complete() const {
 Block::Block(const Launch &launch, const std::function<void()> &kernel)
     : launch_(launch), kernel_(kernel), threads_(launch.threads), warps_(launch.threads / kLanes) {}
 
-std::uint64_t Block::random() { // xorshift64*
+int Block::random(int count) { // xorshift64*, whose upper bits are the better ones
   state_ ^= state_ >> 12;
   state_ ^= state_ << 25;
   state_ ^= state_ >> 27;
-  return state_ * 0x2545f4914f6cdd1dull;
+  return static_cast<int>((state_ * 0x2545f4914f6cdd1dull >> 33) % count);
 }
 
 void Block::fail(const std::string &what) const {
@@ -91,8 +103,9 @@ void Block::run(std::int64_t index) {
     thread.group = 0;
     thread.fiber.start(&Block::enter, this);
   }
-  for (Warp &warp : warps_) warp.resume = pick(~0u, kLanes - 1);
-  const int first = next_warp(static_cast<int>(warps_.size()) - 1);
+  const bool reversed = launch_.modes.order == Order::kReversed;
+  for (Warp &warp : warps_) warp.resume = pick(~0u, reversed ? 0 : kLanes - 1);
+  const int first = next_warp(reversed ? 0 : static_cast<int>(warps_.size()) - 1);
   block = this;
   thread_ = first * kLanes + warps_[first].resume;
   main_.switch_to(threads_[thread_].fiber);
@@ -114,7 +127,11 @@ void Block::enter(void *argument) {
 // Ends a thread: on to another, or back when it was the last.
 void Block::finish() {
   Thread &thread = threads_[thread_];
-  if (!thread.copies.empty() && thread.copies.back().group == thread.group) fail("a copy is not committed at the end");
+  if (!thread.copies.empty()) {
+    const Copy &copy = thread.copies.back();
+    const char *what = copy.group == thread.group ? "committed" : "waited for";
+    fail("a copy to " + std::to_string(copy.shared) + " is not " + what + " at the end");
+  }
   Warp &warp = warps_[thread_ / kLanes];
   const int lane = thread_ % kLanes;
   warp.done |= 1u << lane;
@@ -124,10 +141,10 @@ void Block::finish() {
     next = thread_ / kLanes * kLanes + pick(~warp.done, lane);
     warp.resume = next % kLanes;
   } else {
+    if (waiting_ > 0) fail("a warp ends while others wait at a barrier");
     if (launch_.modes.count) flush_accesses(warp);
     const int other = next_warp(thread_ / kLanes);
     if (other >= 0) next = other * kLanes + warps_[other].resume;
-    if (other < 0 && waiting_ > 0) fail("threads end while others wait at a barrier");
   }
   if (next < 0) return;
   Fiber &here = thread.fiber;
@@ -146,7 +163,7 @@ void Block::go_to(int thread) {
 // One of the lanes of the mask, as the order has it.
 int Block::pick(std::uint32_t among, int after) {
   if (launch_.modes.order == Order::kShuffled) {
-    int skip = static_cast<int>(random() % std::popcount(among));
+    int skip = random(std::popcount(among));
     while (skip-- > 0) among &= among - 1;
     return std::countr_zero(among);
   }
@@ -162,7 +179,7 @@ int Block::pick(std::uint32_t among, int after) {
 int Block::next_warp(int after) {
   const int count = static_cast<int>(warps_.size());
   const bool shuffled = launch_.modes.order == Order::kShuffled;
-  const int begin = shuffled ? static_cast<int>(random() % count) : after;
+  const int begin = shuffled ? random(count) : after;
   for (int i = 1; i <= count; i++) {
     const int step = launch_.modes.order == Order::kReversed ? count - i : i;
     const int warp = (begin + step) % count;
@@ -174,16 +191,19 @@ int Block::next_warp(int after) {
 void Block::barrier(const void *site) {
   collective(site, nullptr, [&](const auto &) {
     Warp &warp = warps_[thread_ / kLanes];
+    if (std::any_of(warps_.begin(), warps_.end(), [](const Warp &each) { return each.done == ~0u; })) {
+      fail("a barrier after a warp of the block has ended");
+    }
+    if (waiting_ > 0 && barrier_ != site) fail("warps of one block are at different barriers");
+    barrier_ = site;
     warp.at_barrier = true;
     warp.resume = thread_ % kLanes;
-    waiting_++;
-    const auto alive = std::count_if(warps_.begin(), warps_.end(), [](const Warp &warp) { return warp.done != ~0u; });
-    if (waiting_ == alive) {
+    if (++waiting_ == static_cast<int>(warps_.size())) {
       for (Warp &each : warps_) each.at_barrier = false;
       waiting_ = 0;
       epoch_++;
       counters_.barriers++;
-      return;
+      if (launch_.modes.order != Order::kShuffled) return;
     }
     const int next = next_warp(thread_ / kLanes);
     go_to(next * kLanes + warps_[next].resume);
@@ -198,43 +218,53 @@ unsigned char *Block::shared(std::uint32_t address, int bytes) {
   return shared_ + address;
 }
 
-void Block::note_read(std::uint32_t address) {
+void Block::fail_race(std::uint32_t address, const std::string &what) const {
+  fail("a race at " + std::to_string(address) + ": " + what);
+}
+
+void Block::note_read(std::uint32_t address, int thread) {
   if (!launch_.modes.races) return;
   Shadow &shadow = shadow_[address / 16];
-  const int warp = thread_ / kLanes;
-  const auto race = [&](const char *what) { fail(std::string("a race at ") + std::to_string(address) + ": " + what); };
-  if (shadow.pending) race("read before the copy to it was waited for");
-  if (shadow.write_epoch == epoch_ && shadow.write_warp != warp) race("read after another warp's write, no barrier between");
-  if (shadow.landed_epoch == epoch_ && shadow.write_warp != warp) race("another warp's copy read, no barrier after its wait");
-  if (shadow.read_epoch == epoch_ && shadow.read_warp != warp) {
-    shadow.read_warp = -2; // several
+  const bool others = shadow.write_thread != thread;
+  if (shadow.pending) fail_race(address, "read before the copy to it was waited for");
+  if (shadow.write_epoch == epoch_ && others) fail_race(address, "read after another thread's write, no barrier between");
+  if (shadow.landed_epoch == epoch_ && others) fail_race(address, "another thread's copy read, no barrier after its wait");
+  if (shadow.read_epoch == epoch_ && shadow.read_thread != thread) {
+    shadow.read_thread = -2; // several
   } else {
     shadow.read_epoch = epoch_;
-    shadow.read_warp = warp;
+    shadow.read_thread = thread;
   }
 }
 
 void Block::note_write(std::uint32_t address) {
   if (!launch_.modes.races) return;
   Shadow &shadow = shadow_[address / 16];
-  const int warp = thread_ / kLanes;
-  const auto race = [&](const char *what) { fail(std::string("a race at ") + std::to_string(address) + ": " + what); };
-  if (shadow.pending) race("written while a copy to it is under way");
-  if (shadow.read_epoch == epoch_ && shadow.read_warp != warp) race("written after another warp's read, no barrier between");
-  if (shadow.write_epoch == epoch_ && shadow.write_warp != warp) race("written by two warps, no barrier between");
-  if (shadow.landed_epoch == epoch_ && shadow.write_warp != warp) race("written over another warp's copy, no barrier between");
+  const bool others = shadow.write_thread != thread_;
+  if (shadow.pending) fail_race(address, "written while a copy to it is under way");
+  if (shadow.read_epoch == epoch_ && shadow.read_thread != thread_) {
+    fail_race(address, "written after another thread's read, no barrier between");
+  }
+  if (shadow.write_epoch == epoch_ && others) fail_race(address, "written by two threads, no barrier between");
+  if (shadow.landed_epoch == epoch_ && others) fail_race(address, "written over another thread's copy, no barrier between");
   shadow.write_epoch = epoch_;
-  shadow.write_warp = warp;
+  shadow.write_thread = thread_;
   shadow.landed_epoch = -1;
 }
 
 void Block::check_read(const void *from, int bytes) const {
-  const auto *begin = static_cast<const unsigned char *>(from);
+  const auto begin = reinterpret_cast<std::intptr_t>(from);
+  std::int64_t least = INT64_MAX;
+  std::string nearest;
   for (const Array &array : launch_.readable) {
-    const auto *data = static_cast<const unsigned char *>(array.data);
-    if (begin >= data && begin + bytes <= data + array.bytes) return;
+    const std::int64_t before = reinterpret_cast<std::intptr_t>(array.data) - begin, after = bytes - array.bytes - before;
+    if (before <= 0 && after <= 0) return;
+    const std::int64_t away = std::max(before, after);
+    if (away >= least) continue;
+    least = away;
+    nearest = ", " + std::to_string(away) + " bytes " + (before > after ? "before " : "beyond ") + array.name;
   }
-  fail("a read of " + std::to_string(bytes) + " bytes outside of every input");
+  fail("a read of " + std::to_string(bytes) + " bytes outside of every input" + nearest);
 }
 
 void Block::store(void *to, const void *from, int bytes, const void *site) {
@@ -262,7 +292,7 @@ void Block::copy(std::uint32_t address, const void *source, int bytes, const voi
   thread.copies.push_back({address, source, bytes, thread.group});
   if (launch_.modes.eager) {
     std::memset(to, 0, 16);
-    std::memcpy(to, source, bytes);
+    if (bytes > 0) std::memcpy(to, source, bytes);
   }
 }
 
@@ -356,10 +386,10 @@ Counters run(const Launch &launch, const std::function<void()> &kernel) {
     const std::lock_guard lock(mutex);
     counters += block.counters();
   };
-  std::vector<std::thread> threads;
+  std::vector<std::jthread> threads; // joined, too, if another cannot be started
   for (std::int64_t i = 1; i < std::min<std::int64_t>(launch.modes.threads, launch.blocks); i++) threads.emplace_back(work);
   work();
-  for (std::thread &thread : threads) thread.join();
+  for (std::jthread &thread : threads) thread.join();
   if (failed) throw SimulationError(error);
   if (launch.output != nullptr) launch.output->check_complete();
   return counters;

@@ -19,6 +19,7 @@ namespace googlenet_fused::sim {
 
 constexpr int kLanes = 32;
 constexpr int kBankUnits = 8; // 16-byte units that shared memory serves at once
+constexpr int kWholeWarp = -1; // in place of a thread that reads: other lanes than the one that names the address get of it
 
 // What is wrong with the program that is simulated.
 struct SimulationError : std::runtime_error {
@@ -31,7 +32,7 @@ struct Modes {
   Order order = Order::kForward; // in which lanes, warps and blocks take their turns
   std::uint64_t seed = 0;        // of kShuffled
   bool eager = false;  // copies are made when they are issued: an overwritten slot shows. Else when they are waited for: a missing wait does
-  bool races = true;   // accesses of two warps to 16 bytes without a barrier between them are errors
+  bool races = true;   // accesses of two threads to 16 bytes without a barrier between them are errors, of one warp, too
   bool poison = true;  // shared memory begins as NaN
   bool count = false;  // wavefronts and sectors, which takes time
   int threads = 2;     // of the CPU
@@ -61,11 +62,13 @@ struct Counters {
 
 // Memory of the host that the program may read.
 struct Array {
+  const char *name;
   const void *data;
   std::int64_t bytes;
 };
 
-// The output, every element of which must be written once.
+// The output, every element of which must be written once. Throws std::invalid_argument if its elements overlap or interleave:
+// an axis's stride must step over all that lies along the axes of smaller strides.
 class Output {
 public:
   Output() = default;
@@ -118,7 +121,8 @@ public:
   void wait(int left);
 
   unsigned char *shared(std::uint32_t address, int bytes);
-  void note_read(std::uint32_t address);
+  void note_read(std::uint32_t address) { note_read(address, thread_); }
+  void note_read(std::uint32_t address, int thread);
   void note_write(std::uint32_t address);
   void check_read(const void *from, int bytes) const;
   void store(void *to, const void *from, int bytes, const void *site);
@@ -159,18 +163,19 @@ private:
   };
   // Who touched 16 bytes of shared memory last, and since which barrier.
   struct Shadow {
-    int write_epoch = -1, write_warp = -1, read_epoch = -1, read_warp = -1, landed_epoch = -1;
+    int write_epoch = -1, write_thread = -1, read_epoch = -1, read_thread = -1, landed_epoch = -1;
     bool pending = false;
   };
 
   static void enter(void *self);
+  [[noreturn]] void fail_race(std::uint32_t address, const std::string &what) const;
   void finish();
   int pick(std::uint32_t among, int after);
   int next_warp(int after);
   void go_to(int thread);
   void land(const Copy &copy);
   void flush_accesses(Warp &warp);
-  std::uint64_t random();
+  int random(int count);
 
   const Launch &launch_;
   const std::function<void()> &kernel_;
@@ -182,6 +187,7 @@ private:
   Fiber main_;
   std::int64_t index_ = 0;
   int thread_ = 0, epoch_ = 0, waiting_ = 0;
+  const void *barrier_ = nullptr; // at which they wait
   std::uint64_t state_ = 0;
   std::string error_;
 };
@@ -201,6 +207,7 @@ template <class Execute> void Block::collective(const void *site, void *deposit,
     warp.arrived = 0;
     warp.generation++;
     execute(warp.deposits);
+    if (launch_.modes.order == Order::kShuffled) go_to(thread_ / kLanes * kLanes + pick(~0u, lane));
     return;
   }
   const std::uint64_t generation = warp.generation;
