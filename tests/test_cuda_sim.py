@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -35,6 +33,7 @@ from simulated_kernel import MODES, SHAPE, TILES
 from torch import Tensor
 
 import googlenet_fused
+from benchmarks.audit.cuda import load_build
 from googlenet_fused.backends import registry
 from googlenet_fused.backends.cuda import tiles
 from googlenet_fused.backends.cuda.simulation import simulate
@@ -284,15 +283,6 @@ MUTANTS = {
     ),
     "a tile's images mistaken": Mutant(KERNEL, "p.batch - block.image;", "p.batch;"),
 }
-
-
-def load_build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def caught(module: Path, *options: str, environment: dict[str, str] | None = None) -> str | None:

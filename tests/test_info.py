@@ -48,8 +48,9 @@ def test_every_backend_says_why_it_is_not_available(facts: dict[str, object]) ->
     backends = facts["backends"]
     assert isinstance(backends, dict)
     assert {"cpu", "reference"} <= set(backends)
-    for state in backends.values():
-        assert {"available", "reason", "description", "needs_verification", "verified_on", "here"} <= set(state)
+    for name, state in backends.items():
+        fields = {"available", "reason", "description", "needs_verification", "verified_on", "here"}
+        assert set(state) == (fields | {"built", "archs"} if name == "cuda" else fields)
         assert state["available"] == (state["reason"] is None)
         assert state["description"]
         assert state["needs_verification"] or (state["verified_on"], state["here"]) == ([], {})
