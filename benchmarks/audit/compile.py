@@ -41,6 +41,10 @@ class AuditError(Exception):
     """The audit cannot be made; the message says why and what to do."""
 
 
+class MissingTool(AuditError):
+    """Something that it needs is not on this machine."""
+
+
 class Variant(Protocol):
     """A kernel as it is launched: what a list of kernels to audit is made of.
 

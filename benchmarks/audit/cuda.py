@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -24,13 +24,14 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import results
-from benchmarks.audit import machine_code, record, tools
+from benchmarks.audit import record
 from benchmarks.audit.__main__ import OUTPUT, check_writable, show
-from benchmarks.audit.compile import AuditError, Binary
+from benchmarks.audit.compile import AuditError, Binary, MissingTool
 from benchmarks.audit.limits import LIMITS
-from benchmarks.audit.rows import ROOT, Row, findings, narrow_accesses, row_of
+from benchmarks.audit.rows import NAME, ROOT, Row, audit_of
+from benchmarks.audit.simulated import CASES, Case, case_of, conflicts, described, simulated, simulation, table
 from googlenet_fused import bench
-from googlenet_fused.backends.cuda.simulation import MODULE, problem_of, simulate
+from googlenet_fused.backends.cuda.simulation import problem_of
 from googlenet_fused.backends.cuda.tiles import DTYPES
 from googlenet_fused.info import usable_cpus
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
@@ -38,12 +39,11 @@ from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
 KERNEL = "googlenet_fused_inception"
 ARCHES = tuple(arch for arch in LIMITS if arch.startswith("sm_"))
 BATCHES = (1, 8, 32, 128)
-MULTIPROCESSORS = (1, 132)
-"""Of the devices that are simulated, with one image: where a block has whole images, and where channels are split."""
+MULTIPROCESSORS = 132
 
-MOST_CONFLICTS = {"ldmatrix_a": 1.08, "ldmatrix_b": 1.0, "copy_writes": 1.01, "global_reads": 1.0, "global_writes": 1.0}
-"""How many times the least number of wavefronts or sectors these may take. Measured: 1.077 for ``ldmatrix_a`` in 5b on 132
-multiprocessors, at most 1.04 in the others; ``copy_writes`` end in warps of few lanes."""
+
+class NvccError(Exception):
+    """nvcc refused a kernel, or made something else of it than one kernel."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Variant:
     kernel: str = KERNEL
     label: str = "one launch a module"
     folder: Path = ROOT / "csrc" / "inception" / "instantiations"
+    matrix: bool = True
+    aligned: bool = True
 
     @property
     def source(self) -> Path:
@@ -72,12 +74,16 @@ def load_build() -> ModuleType:
 
 @cache
 def nvcc() -> Any:
-    """Raises AuditError: there is none."""
+    """The compiler, a ``build.Nvcc``.
+
+    Raises:
+        MissingTool: there is none, or it is too old.
+    """
     build = load_build()
     try:
         return build.find_nvcc()
     except build.MissingTool as error:
-        raise AuditError(str(error)) from error
+        raise MissingTool(str(error)) from error
 
 
 @cache
@@ -92,159 +98,126 @@ def source_key() -> str:
 
 
 def compile_variant(variant: Variant, arch: str) -> Binary:
-    """Raises RuntimeError: what nvcc says."""
+    """The instantiation's PTX and machine code, with the shared memory of the largest launch.
+
+    Raises:
+        NvccError: it does not compile.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        command = [
-            nvcc().path,
-            *load_build().NVCC_FLAGS,
-            "-lineinfo",
-            "-cubin",
-            f"-arch={arch}",
-            "--keep",
-            "--keep-dir",
-            folder,
-        ]
-        done = subprocess.run([*command, "-o", str(cubin), str(variant.source)], capture_output=True, text=True, cwd=folder)
+        kept = ("--keep", "--keep-dir", folder, "-o", str(cubin))
+        command = [nvcc().path, *load_build().NVCC_FLAGS, "-lineinfo", "-cubin", f"-arch={arch}", *kept, str(variant.source)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
-            raise RuntimeError(" ".join((done.stderr or done.stdout).split()))
-        (kept,) = Path(folder).glob("*.ptx")
-        ptx, machine = kept.read_text(), cubin.read_bytes()
-    (name,) = set(re.findall(rf"\.entry (\w*{KERNEL}\w*)", ptx))
-    return Binary(name, {"ptx": ptx, "cubin": machine}, 256, most_shared_memory(variant.dtype, arch), 0)
+            raise NvccError(done.stderr or done.stdout)
+        (path,) = Path(folder).glob("*.ptx")
+        ptx, machine = path.read_text(), cubin.read_bytes()
+    names = re.findall(r"\.entry (\w+)", ptx)
+    threads = re.findall(r"\.maxntid (\d+)", ptx)
+    if len(names) != 1 or len(threads) != 1 or KERNEL not in names[0]:
+        raise NvccError(f"{variant.source.name} must hold one kernel, {KERNEL}, with launch bounds; it has {names}")
+    return Binary(names[0], {"ptx": ptx, "cubin": machine}, int(threads[0]), most_shared_memory(variant.dtype, arch), 0)
 
 
 @cache
 def most_shared_memory(dtype: str, arch: str) -> int:
-    """Bytes that the largest plan of GoogLeNet's modules asks for on an H100's number of multiprocessors."""
-    device = {"multiprocessors": 132, "shared_memory": LIMITS[arch].shared}
-    host_sim = simulation()
-    return max(
-        host_sim.plan(problem_of(spec, DTYPES[dtype], batch, GOOGLENET_SIDES[name], GOOGLENET_SIDES[name]), device)[
-            "shared_bytes"
-        ]
+    """Bytes that the largest plan of GoogLeNet's modules asks for, at ``BATCHES`` on an H100's number of multiprocessors.
+
+    Raises:
+        MissingTool: the planner is not built.
+    """
+    device = {"multiprocessors": MULTIPROCESSORS, "shared_memory": LIMITS[arch].shared}
+    planner = simulation()
+    plans = (
+        planner.plan(problem_of(spec, DTYPES[dtype], batch, GOOGLENET_SIDES[name], GOOGLENET_SIDES[name]), device)
         for name, spec in GOOGLENET_SPECS.items()
         for batch in BATCHES
     )
-
-
-def simulation() -> Any:
-    """Raises AuditError: it is not built."""
-    try:
-        return importlib.import_module(MODULE)
-    except ImportError as error:
-        raise AuditError(f"the simulation, which has the planner, cannot be imported ({error}): make native") from error
+    return max(plan["shared_bytes"] for plan in plans)
 
 
 def audited(variant: Variant, arch: str) -> tuple[Row, list[str]]:
-    """The row of an instantiation on an architecture, and its findings."""
-    name: Row = {"kernel": variant.kernel, "label": variant.label, "dtype": variant.dtype, "arch": arch}
-    try:
-        binary = compile_variant(variant, arch)
-    except RuntimeError as error:
-        return name, [f"does not compile: {str(error)[:300]}"]
-    source = machine_code.read_ptx(binary.code["ptx"])
-    machine = machine_code.read_sass(machine_code.sass_of(tools.disassembly(binary.code["cubin"]), binary.name))
-    usage = tools.resource_usage(binary.code["cubin"])
-    resources = machine_code.resources_of(usage, binary.name, LIMITS[arch].reserved)
-    row = {**name, "source": source_key(), **row_of(binary, source, machine, resources)}
-    local = [f"{resources.stack} bytes of local memory a thread"] if resources.stack else []
-    narrow = narrow_accesses(source, machine, LIMITS[arch].access)
-    return row, [*findings(row, matrix=True), *local, *narrow]
-
-
-def simulated() -> Iterator[dict[str, Any]]:
-    """What the simulation counts of each module, fp16, one image."""
-    import torch  # with numbers of its own, which decide nothing
-
-    from googlenet_fused.ops import inception
-    from googlenet_fused.packing import ConvParams
-
-    simulation()
-    for name, spec in GOOGLENET_SPECS.items():
-        convs = [
-            ConvParams(
-                torch.zeros(conv.out_channels, conv.in_channels, conv.kernel_size, conv.kernel_size).half(),
-                torch.zeros(conv.out_channels).half(),
-            )
-            for conv in spec.convs
-        ]
-        x = torch.zeros(1, spec.in_channels, GOOGLENET_SIDES[name], GOOGLENET_SIDES[name]).half()
-        for multiprocessors in MULTIPROCESSORS:
-            with simulate(count=True, multiprocessors=multiprocessors) as found:
-                inception(x.contiguous(memory_format=torch.channels_last), convs, backend="cuda_sim")
-            yield {"module": name, "multiprocessors": multiprocessors, **found.counters[0]}
-
-
-def conflicts(counters: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the counters of a module."""
-    for kind, most in MOST_CONFLICTS.items():
-        taken, least = counters[kind]
-        if taken > most * least:
-            yield (
-                f"{counters['module']} on {counters['multiprocessors']} multiprocessors: "
-                f"{kind} takes {taken / least:.3f} times the least, at most {most}"
-            )
-
-
-def print_simulated(counted: Sequence[dict[str, Any]]) -> None:
-    """A line a module: times the least number of wavefronts and sectors."""
-    kinds = ("ldmatrix_a", "ldmatrix_b", "copy_writes", "shared_loads", "shared_stores", "global_reads", "global_writes")
-    print(f"simulated, one image, times the least\n{'':22}{''.join(f'{kind:>15}' for kind in kinds)}")
-    for counters in counted:
-        name = f"{counters['module']}, {counters['multiprocessors']} SM"
-        factors = (counters[kind][0] / max(1, counters[kind][1]) for kind in kinds)
-        print(f"{name:22}{''.join(f'{factor:15.3f}' for factor in factors)}")
+    """The row of an instantiation on an architecture, and its findings, of which any local memory is one."""
+    row, found = audit_of(variant, arch, compile_variant, lambda _: source_key())
+    local = [f"{row['stack']} bytes of local memory a thread"] if row.get("stack") else []
+    return row, [*found, *local]
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit.cuda", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arches", nargs="+", default=list(ARCHES), choices=ARCHES, metavar="ARCH", help=", ".join(ARCHES))
+    parser.add_argument("--kernels", nargs="+", choices=[KERNEL], metavar="NAME", help=f"{KERNEL}, there is no other")
     parser.add_argument(
         "--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), metavar="DTYPE", help=", ".join(DTYPES)
     )
     parser.add_argument("--jobs", type=int, default=usable_cpus(), metavar="N", help="compilers (default: the usable CPUs)")
+    parser.add_argument(
+        "--details", action="store_true", help="show every instantiation, not only the worst on an architecture"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the file says otherwise")
+    parser.add_argument(
+        "--if-possible", action="store_true", help="where nvcc or the simulation is missing say so, and succeed"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"default: {OUTPUT.name} in results/; for a selection, none"
     )
     return parser
 
 
+def audit(tasks: Sequence[tuple[Variant, str]], cases: Sequence[Case], jobs: int) -> record.Run:
+    """Compiles and simulates all."""
+    rows: list[Row] = []
+    found: list[Row] = []
+    with bench.progress_bar(len(tasks), "compiling") as advance:
+        for row, texts in _each(audited, tasks, jobs, advance):
+            rows.append(row)
+            found += [{**{field: row[field] for field in NAME}, "finding": text} for text in texts]
+    with bench.progress_bar(len(cases), "simulating") as advance:
+        counted = list(simulated(cases, advance))
+    git = results.git_state(ROOT) or {"commit": None, "dirty": None}
+    return {
+        **{"nvcc": nvcc().version, **git, "date": results.now()},
+        **{"rows": rows, "findings": found, "simulated": counted},
+    }
+
+
+def _each(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int, advance: Callable[[], None]) -> list[Any]:
+    """What it gives for each, in their order; an interrupt waits only for what is begun."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            futures = [pool.submit(function, *task) for task in tasks]
+            found = []
+            for future in futures:
+                found.append(future.result())
+                advance()
+            return found
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise AuditError(f"--jobs must be at least 1, got {arguments.jobs}")
+    version, served = nvcc().version, nvcc().codes
+    simulation()
+    if unknown := [arch for arch in arguments.arches if arch not in served]:
+        print(f"nvcc {version} does not compile for {', '.join(unknown)}")
+    tasks = [(Variant(dtype), arch) for dtype in arguments.dtypes for arch in arguments.arches if arch in served]
+    if not tasks:
+        raise AuditError(f"nothing to audit: nvcc {version} compiles for {', '.join(served)}")
     whole = set(arguments.arches) == set(ARCHES) and set(arguments.dtypes) == set(DTYPES)
     output = arguments.output or (OUTPUT if whole or arguments.check else None)
-    version = nvcc().version
     old = next((run for run in record.read(output) if record.compiler_of(run) == ("nvcc", version)), None) if output else None
     if arguments.check and old is None:
         raise AuditError(f"{output} has no run of nvcc {version}: make one without --check")
     if output and not arguments.check:
         check_writable(output)
-    tasks = [(Variant(dtype), arch) for dtype in arguments.dtypes for arch in arguments.arches]
-    rows: list[Row] = []
-    found: list[Row] = []
-    with bench.progress_bar(len(tasks), "compiling") as advance, ThreadPoolExecutor(arguments.jobs) as pool:
-        for row, texts in pool.map(lambda task: audited(*task), tasks):
-            rows.append(row)
-            name = {field: row[field] for field in ("kernel", "label", "dtype", "arch")}
-            found += [{**name, "finding": text} for text in texts]
-            advance()
-    counted = list(simulated())
-    in_simulation = [text for counters in counted for text in conflicts(counters)]
-    git = results.git_state(ROOT) or {"commit": None, "dirty": None}
-    new: record.Run = {
-        **{"nvcc": version, **git, "date": results.now()},
-        **{"rows": rows, "findings": found, "simulated": [as_json(counters) for counters in counted]},
-    }
-    show(new, details=False)
-    print_simulated(counted)
-    for text in in_simulation:
-        print(text)
-    changes = list(record.differences(old, new, whole)) if old else ["all of it"]
-    if old and whole and old["simulated"] != new["simulated"]:
-        changes.append("what the simulation counts")
+    new = audit(tasks, [case for case in CASES if case.dtype in arguments.dtypes], arguments.jobs)
+    show(new, arguments.details)
+    conflicting = [text for counters in new["simulated"] for text in conflicts(counters)]
+    print("\n".join([*([table(new["simulated"])] if new["simulated"] else []), *conflicting]))
+    changes = [*record.differences(old, new, whole), *recounted(old, new, whole)] if old else ["all of it"]
     if output and not changes:
         print(f"as in {output}")
     elif arguments.check:
@@ -253,17 +226,29 @@ def run(arguments: argparse.Namespace) -> int:
     elif output:
         record.write(output, new)
         print(f"wrote {output}")
-    return 1 if found or in_simulation or (arguments.check and changes) else 0
+    return 1 if new["findings"] or conflicting or (arguments.check and changes) else 0
 
 
-def as_json(counters: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in counters.items()}
+def recounted(old: record.Run, new: record.Run, whole: bool) -> list[str]:
+    """Where the simulation counts otherwise; unless the new run is ``whole``, cases that it lacks are passed over."""
+    before, after = (
+        {case_of(counters): counters for counters in run["simulated"] if counters.keys() >= set(Case._fields)}
+        for run in (old, new)
+    )
+    cases = {**after, **(before if whole else {})}
+    return [f"{described(case)}: simulated, it counts otherwise" for case in cases if before.get(case) != after.get(case)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return run(arguments)
+    except MissingTool as error:
+        if arguments.if_possible:
+            print(f"==> the CUDA kernel is not audited: {error}")
+            return 0
+        print(f"benchmarks.audit.cuda: error: {error}", file=sys.stderr)
+        return 1
     except AuditError as error:
         print(f"benchmarks.audit.cuda: error: {error}", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,34 @@ def name_of(row: Row) -> str:
 
 def audited(variant: Variant, arch: str) -> tuple[Row, list[str]]:
     """The row of a variant on an architecture, and its findings; of a kernel that does not compile its name alone, and why."""
+    return audit_of(variant, arch, compile_variant, source_key)
+
+
+def audit_of(
+    variant: Any, arch: str, compile_it: Callable[[Any, str], Binary], key_of: Callable[[Any], str]
+) -> tuple[Row, list[str]]:
+    """As ``audited``, of any compiler's kernel.
+
+    Args:
+        variant: says ``kernel``, ``label``, ``dtype`` and ``matrix``, and may say ``aligned``, as ``Variant`` has them.
+        arch: one of ``LIMITS``.
+        compile_it: of the variant and the architecture; it may raise anything.
+        key_of: the row's ``source``.
+    """
     row: Row = {"kernel": variant.kernel, "label": variant.label, "dtype": variant.dtype, "arch": arch}
     step = "does not compile"
     try:
-        binary = compile_variant(variant, arch)
+        binary = compile_it(variant, arch)
         step = "compiles, and cannot be read"
         source, machine, resources = _read(binary, arch)
-    except Exception as error:  # a compiler's errors have no common base but this
+    except Exception as error:  # compilers' errors have no common base but this
         return row, [f"{step}: {type(error).__name__}: {_in_short(error)}"]
-    row |= {"source": source_key(variant), **row_of(binary, source, machine, resources)}
+    row |= {"source": key_of(variant), **_facts(binary, source, machine, resources)}
     narrow = narrow_accesses(source, machine, LIMITS[arch].access) if getattr(variant, "aligned", False) else ()
     return row, [*findings(row, variant.matrix), *narrow]
 
 
-def row_of(binary: Binary, source: Listing, machine: Listing, resources: machine_code.Resources) -> Row:
+def _facts(binary: Binary, source: Listing, machine: Listing, resources: machine_code.Resources) -> Row:
     """What a row says of a kernel's code besides its name."""
     return {
         "threads": binary.threads,
