@@ -34,8 +34,9 @@ CASES = tuple(
     for multiprocessors, batch in ((132, 1), (132, 4), (1, 4))
     for module in GOOGLENET_SPECS
 )
-"""An H100 with one image, where tiles are smallest, and with four, where they conflict most; and a device so small that tiles
-are whole images (in 5a and 5b several, in 3a, 3b and TF32's 4e a part of one). The addresses of bf16 are those of fp16."""
+"""An H100 with one image, where tiles are smallest, and with four, where those of 5a and 5b conflict most; and a device so
+small that tiles are whole images: in 5a and 5b several, in 3a, 3b and TF32's 4e a part of one. The addresses of bf16 are those
+of fp16."""
 
 KINDS = ("ldmatrix_a", "ldmatrix_b", "copy_writes", "shared_loads", "shared_stores", "global_reads", "global_writes")
 
