@@ -194,11 +194,16 @@ template <int kRows> DEVICE Lane lane_of(const Pass &pass) {
   return {warp % pass.warp_rows * kRows * kFragmentRows, warp / pass.warp_rows * kWarpColumns, thread_index() % 32};
 }
 
-// The pixel that a row of a spatial product is, or the tile's first for rows past its last and pixels that are cut off.
-DEVICE Pixel ordered_pixel(const Plan &plan, const Block &block, const Region &tile, int branch, int row) {
-  if (row >= rows_of(tile)) return {0, 0, 0};
-  const Pixel pixel = pixel_of(plan.order[branch][row], tile);
-  return holds(block, pixel) ? pixel : Pixel{0, 0, 0};
+// Row ``row`` of ``count``, or in place of one past the last a row in the same banks, so that it meets no other's.
+DEVICE int row_or_alias(int row, int count) {
+  if (row < count) return row;
+  row %= 8;
+  return row < count ? row : 0;
+}
+
+// The pixel that a row of a spatial product is, or the tile's first for rows past its last. One that is cut off has a place, too.
+DEVICE Pixel ordered_pixel(const Plan &plan, const Region &tile, int branch, int row) {
+  return row < rows_of(tile) ? pixel_of(plan.order[branch][row], tile) : Pixel{0, 0, 0};
 }
 
 // Steps through a bottleneck: channels of a tap, taps of a kernel row, rows. The offset is the same for every pixel. Without a
@@ -238,11 +243,11 @@ DEVICE void multiply_pass(const Params &p, const Block &block, const Pass &pass,
   UNROLL for (int i = 0; i < kRows; i++) {
     const int row = lane.row + i * kFragmentRows + lane.index % 16, half = lane.index / 16;
     if constexpr (kSource == Source::kInput) {
-      a_rows[i] = unit_in_stage(pass.row + row < rows_of(region) ? row : 0, half);
+      a_rows[i] = unit_in_stage(row_or_alias(row, rows_of(region) - pass.row), half);
     } else if constexpr (kSource == Source::kPooled) {
-      a_rows[i] = unit_in_stage(pass.row + row < rows_of(whole_tile(plan, block)) ? pass.row + row : 0, half);
+      a_rows[i] = unit_in_stage(row_or_alias(pass.row + row, rows_of(whole_tile(plan, block))), half);
     } else {
-      const Pixel pixel = ordered_pixel(plan, block, whole_tile(plan, block), branch, pass.row + row);
+      const Pixel pixel = ordered_pixel(plan, whole_tile(plan, block), branch, pass.row + row);
       const int place = pixel.image * bottleneck.image_pixels + pixel.y * bottleneck.row_pixels + pixel.x;
       a_rows[i] = memory + bottleneck.begin + place * bottleneck.pixel_bytes + half * kUnitBytes;
     }
