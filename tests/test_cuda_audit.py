@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "audit.json"
 
 needs_nvcc = pytest.mark.skipif(
-    not any(found for _, found in cuda.load_build().nvcc_candidates()), reason="there is no nvcc: what it compiles is not seen"
+    not any(found for _, found in cuda.load_build().toolchain.nvcc_candidates()),
+    reason="there is no nvcc: what it compiles is not seen",
 )
 
 
@@ -309,7 +310,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def missing() -> None:
         raise build.MissingTool("no nvcc: looked in /nowhere")
 
-    monkeypatch.setattr(build, "find_nvcc", missing)
+    monkeypatch.setattr(build.toolchain, "find_nvcc", missing)
     monkeypatch.setattr(cuda, "load_build", lambda: build)
     cuda.nvcc.cache_clear()
     assert cuda.main([]) == 1

@@ -319,5 +319,5 @@ def test_a_fault_in_the_source_is_caught(name: str, changed: Path) -> None:
 def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     build = load_build()
     module = build.build_simulation(sanitized=True, show=False)
-    environment = {**os.environ, **build.sanitizer_environment()}
+    environment = {**os.environ, **build.toolchain.sanitizer_environment()}
     assert caught(module, "--whole", environment=environment) is None

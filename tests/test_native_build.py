@@ -11,21 +11,16 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pretended_toolchain import build, fake_nvcc, machine, toolchain
 
 from googlenet_fused.backends.cuda import native
 
 ROOT = Path(__file__).resolve().parents[1]
-
-_spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
-assert _spec is not None
-assert _spec.loader is not None
-build = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build)
 
 
 def missing(find: Callable[[], object]) -> str | None:
@@ -37,212 +32,9 @@ def missing(find: Callable[[], object]) -> str | None:
     return None
 
 
-no_nvcc = missing(build.find_nvcc)
-no_ninja = missing(build.find_ninja)
-no_cxx = missing(build.find_cxx)
-
-
-@pytest.mark.parametrize(
-    ("text", "codes"),
-    [
-        ("8.0", ["sm_80"]),
-        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
-        (" 8.6  8.9 ", ["sm_86", "sm_89"]),
-        ("9.0a;10.0f+PTX", ["sm_90a", "sm_100f", "compute_100f"]),
-        ("8.0;8.0+PTX;8.0", ["sm_80", "compute_80"]),
-        ("5.2 7.5 8.6+PTX", ["sm_86", "compute_86"]),
-        ("Ampere", ["sm_80", "sm_86", "compute_86"]),
-        ("Ampere+PTX;Hopper", ["sm_80", "sm_86", "compute_86", "sm_90", "compute_90"]),
-        (build.WHEEL_ARCHS, ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]),
-    ],
-)
-def test_arch_lists_are_read_as_torch_reads_them(text: str, codes: list[str]) -> None:
-    assert build.parse_archs(text) == codes
-
-
-@pytest.mark.parametrize("text", ["sm_80", "80", "8", "8.0,9.0", "8.0+ptx", "8.0;hopper", "all", "9.0b"])
-def test_nonsense_in_an_arch_list_is_named(text: str) -> None:
-    with pytest.raises(
-        build.BuildError, match=r"^MY_LIST: '.+' is no architecture; write for example \"8\.0;9\.0\+PTX\""
-    ) as caught:
-        build.parse_archs(text, "MY_LIST")
-    assert repr(text.rpartition(";")[2]) in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["7.5", "6.0;7.0+PTX", "", " ; "])
-def test_an_arch_list_without_a_usable_one_is_refused(text: str) -> None:
-    with pytest.raises(build.BuildError, match=r"holds no architecture that the kernels run on, which is 8\.0 and later"):
-        build.parse_archs(text)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "text"),
-    [
-        (["9.0"], "9.0+PTX"),
-        (["9.0", "8.6", "9.0"], "8.6;9.0+PTX"),
-        (["7.5", "8.0"], "8.0+PTX"),
-        (["7.5"], ""),
-        ([], ""),
-        (["[N/A]"], ""),
-    ],
-)
-def test_the_visible_gpus_make_an_arch_list(capabilities: list[str], text: str) -> None:
-    assert build.archs_of(capabilities) == text
-
-
-@pytest.mark.parametrize(
-    ("asked", "listed", "gpus", "codes"),
-    [
-        ("8.9", "8.6", ["9.0"], ["sm_89"]),
-        ("all", "8.6", [], build.parse_archs(build.WHEEL_ARCHS)),
-        (None, "8.6", ["9.0"], ["sm_86"]),
-        (None, "  ", ["12.0"], ["sm_120", "compute_120"]),
-        (None, None, [], ["sm_80", "sm_90", "compute_90"]),
-        (None, None, ["7.0"], ["sm_80", "sm_90", "compute_90"]),
-    ],
-)
-def test_archs_are_those_asked_for_then_listed_then_here(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, listed: str | None, gpus: list[str], codes: list[str]
-) -> None:
-    monkeypatch.setattr(build, "visible_capabilities", lambda: gpus)
-    assert build.choose_archs(asked, {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}) == codes
-
-
-def test_a_wrong_list_in_the_environment_is_named() -> None:
-    with pytest.raises(build.BuildError, match=r"^TORCH_CUDA_ARCH_LIST: 'Kepler' is no architecture"):
-        build.choose_archs(None, {"TORCH_CUDA_ARCH_LIST": "8.0 Kepler"})
-
-
-GIB = 2**30
-
-
-@pytest.mark.parametrize(
-    ("cpus", "memory", "jobs"),
-    [
-        (8, None, 8),
-        (8, 64 * GIB, 8),
-        (8, 12 * GIB, 4),
-        (8, 12 * GIB - 1, 3),
-        (64, 7 * GIB, 2),
-        (4, GIB, 1),
-        (4, 0, 1),
-        (1, 64 * GIB, 1),
-    ],
-)
-def test_jobs_are_capped_by_processors_and_memory(cpus: int, memory: int | None, jobs: int) -> None:
-    assert build.job_limit(cpus, memory) == jobs
-
-
-def machine(folder: Path, files: Mapping[str, str]) -> Path:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
-
-
-MEMINFO = {"proc/meminfo": "MemTotal: 33554432 kB\nMemFree: 1 kB\nMemAvailable: 16777216 kB\n"}  # 32 and 16 GiB
-STAT = "anon 1\ninactive_file {}\nactive_file 7\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "gib"),
-    [
-        ({}, None),
-        (MEMINFO, 16),
-        (
-            MEMINFO
-            | {"sys/fs/cgroup/memory.max": f"{8 * GIB}", "sys/fs/cgroup/memory.current": f"{5 * GIB}"}
-            | {"sys/fs/cgroup/memory.stat": STAT.format(GIB)},
-            4,
-        ),
-        (
-            MEMINFO
-            | {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": f"{5 * GIB}"}
-            | {"sys/fs/cgroup/memory.stat": STAT.format(0)},
-            16,
-        ),
-        (
-            MEMINFO
-            | {
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{6 * GIB}",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}",
-            }
-            | {"sys/fs/cgroup/memory/memory.stat": STAT.format(0)},
-            5,
-        ),
-        (
-            {"sys/fs/cgroup/memory.max": f"{GIB}", "sys/fs/cgroup/memory.current": f"{2 * GIB}"}
-            | {"sys/fs/cgroup/memory.stat": STAT.format(0)},
-            0,
-        ),
-    ],
-    ids=["unknown", "machine", "group", "group without a limit", "old group", "group over its limit"],
-)
-def test_free_memory_is_that_of_the_control_group_if_less(tmp_path: Path, files: dict[str, str], gib: int | None) -> None:
-    assert build.free_memory(machine(tmp_path, files)) == (None if gib is None else gib * GIB)
-
-
-def test_jobs_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "usable_cpus", lambda: 6)
-    monkeypatch.setattr(build, "free_memory", lambda: 9 * GIB)
-    assert build.choose_jobs(None, {}) == 3
-    assert build.choose_jobs(None, {"MAX_JOBS": " "}) == 3
-    assert build.choose_jobs(None, {"MAX_JOBS": "11"}) == 11
-    assert build.choose_jobs(5, {"MAX_JOBS": "11"}) == 5
-    for asked, environment, named in [
-        (0, {}, "--jobs: '0'"),
-        (-1, {}, "--jobs: '-1'"),
-        (None, {"MAX_JOBS": "many"}, "MAX_JOBS: 'many'"),
-    ]:
-        with pytest.raises(build.BuildError, match=rf"^{named} is no number of jobs; it is to be 1 or more"):
-            build.choose_jobs(asked, environment)
-
-
-def fake_nvcc(folder: Path, version: str = "13.1.4") -> Path:
-    """A CUDA toolkit whose compiler only says what it is."""
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    said = f"Cuda compilation tools, release {version.rpartition('.')[0]}, V{version}"
-    dry = f'#$ TOP={folder}\n#$ INCLUDES="-I{folder}/some include" \n#$ LIBRARIES= "-L{folder}/stubs" "-L{folder}/lib"'
-    nvcc.write_text(
-        f"#!/bin/sh\ncase $1 in\n--version) echo '{said}';;\n--list-gpu-code) printf 'sm_80\\nsm_90\\n';;\n"
-        f"*) cat >&2 <<'END'\n{dry}\nEND\n;;\nesac\n"
-    )
-    nvcc.chmod(0o755)
-    return folder
-
-
-def test_nvcc_is_looked_for_in_order_and_asked_where_its_files_are(tmp_path: Path) -> None:
-    home, path, on_path, fallback = (fake_nvcc(tmp_path / name) for name in ("home", "path", "on_path", "fallback"))
-    environment = {"CUDA_HOME": str(home), "CUDA_PATH": str(path), "PATH": f"{on_path / 'bin'}:{os.environ['PATH']}"}
-    for expected, gone in [(home, "CUDA_HOME"), (path, "CUDA_PATH"), (on_path, "PATH"), (fallback, None)]:
-        found = build.find_nvcc(environment, fallback)
-        assert found.path == str(expected / "bin" / "nvcc")
-        assert found.version == "13.1.4"
-        assert found.includes == [f"{expected}/some include"]
-        assert found.libraries == [f"{expected}/stubs", f"{expected}/lib"]
-        assert found.codes == ["sm_80", "sm_90"]
-        environment = {name: value for name, value in environment.items() if name != gone} | (
-            {"PATH": ""} if gone == "PATH" else {}
-        )
-
-
-def test_no_nvcc_is_said_with_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(build.MissingTool) as caught:
-        build.find_nvcc({"PATH": "", "CUDA_HOME": str(tmp_path / "moved")}, tmp_path / "cuda")
-    looked = f"CUDA_HOME ({tmp_path}/moved), CUDA_PATH (not set), the PATH, {tmp_path}/cuda"
-    assert str(caught.value) == f"no nvcc: looked in {looked}. Install the CUDA toolkit 12 or later, or set CUDA_HOME"
-
-
-def test_an_nvcc_that_is_too_old_or_broken_is_said(tmp_path: Path) -> None:
-    with pytest.raises(
-        build.MissingTool, match=r"old/bin/nvcc is version 11\.8\.89, which is too old: 12\.0 or later is needed"
-    ):
-        build.find_nvcc({"CUDA_HOME": str(fake_nvcc(tmp_path / "old", "11.8.89"))})
-    broken = fake_nvcc(tmp_path / "broken")
-    (broken / "bin" / "nvcc").write_text("#!/bin/sh\necho 'no such file: cicc' >&2\nexit 1\n")
-    with pytest.raises(build.MissingTool, match=r"broken/bin/nvcc --version does not say its version: no such file: cicc"):
-        build.find_nvcc({"CUDA_HOME": str(broken)})
+no_nvcc = missing(toolchain.find_nvcc)
+no_ninja = missing(toolchain.find_ninja)
+no_cxx = missing(toolchain.find_cxx)
 
 
 def test_an_arch_that_nvcc_does_not_know_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,32 +45,12 @@ def test_an_arch_that_nvcc_does_not_know_is_said(tmp_path: Path, monkeypatch: py
         build.build_library("8.0;12.0+PTX", tmp_path / "library.so", folder=tmp_path / "build")
 
 
-def test_no_compiler_is_said() -> None:
-    with pytest.raises(build.MissingTool, match=r"no C\+\+ compiler: neither g\+\+ nor c\+\+ is on the PATH"):
-        build.find_cxx({"PATH": ""})
-    with pytest.raises(build.MissingTool, match=r"no C\+\+ compiler: CXX is 'g\+\+-99', which is not there"):
-        build.find_cxx({"PATH": os.environ["PATH"], "CXX": "g++-99 -m64"})
-
-
-def test_torch_is_found_without_importing_it() -> None:
-    program = (
-        "import runpy, sys; facts = runpy.run_path(sys.argv[1]); torch = facts['find_torch']();"
-        "print(torch.version); assert 'torch' not in sys.modules; assert (torch.folder / 'lib').is_dir()"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", program, ROOT / "csrc" / "build.py"], capture_output=True, text=True, check=True
-    )
-    import torch
-
-    assert found.stdout.strip() == torch.__version__
-
-
 def test_the_choice_of_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> None:
         raise build.MissingTool("no nvcc: looked in vain")
 
-    monkeypatch.setattr(build, "find_torch", lambda: None)
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(toolchain, "find_torch", lambda: None)
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     for choice in (None, "", "auto", "cuda"):
         assert build.why_without(choice) is None
     assert build.why_without("none") == "it was left out by GOOGLENET_FUSED_BUILD=none"
@@ -289,7 +61,7 @@ def test_the_choice_of_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
             build.why_without(choice)
     for tool in ("find_torch", "find_nvcc"):
         with monkeypatch.context() as patch:
-            patch.setattr(build, tool, nothing)
+            patch.setattr(toolchain, tool, nothing)
             assert build.why_without("auto") == "no nvcc: looked in vain"
             assert build.why_without("none") is not None
             with pytest.raises(
@@ -327,7 +99,7 @@ def test_the_command_fails_or_skips_without_a_tool(
     def nothing() -> None:
         raise build.MissingTool("no nvcc: looked in vain")
 
-    monkeypatch.setattr(build, "find_nvcc", nothing)
+    monkeypatch.setattr(toolchain, "find_nvcc", nothing)
     monkeypatch.setattr(build, "PACKAGE", tmp_path)
     code = build.main(["cuda", *arguments])
     out, err = capsys.readouterr()
@@ -547,7 +319,7 @@ def test_a_wheel_with_the_library(tmp_path: Path) -> None:
     facts, reason, said = run(python, "-c", USE, cwd=tmp_path)
     assert reason is None
     assert facts["built"]
-    assert facts["archs"] == build.choose_archs(None)
+    assert facts["archs"] == toolchain.choose_archs(None)
     assert facts["source"] == native.source_hash(ROOT / "csrc")
     assert said[0]
     assert said[1] == "googlenet_fused_cuda: x is [1]; it is to be [n, in_channels, h, w]"
@@ -563,7 +335,7 @@ def test_the_wheel_for_every_architecture(tmp_path: Path) -> None:
     tree = sources(tmp_path / "tree")
     (tree / "csrc").unlink()
     shutil.copytree(ROOT / "csrc", tree / "csrc")
-    wheel = make("wheel", tree, GOOGLENET_FUSED_BUILD="cuda", TORCH_CUDA_ARCH_LIST=build.WHEEL_ARCHS)
+    wheel = make("wheel", tree, GOOGLENET_FUSED_BUILD="cuda", TORCH_CUDA_ARCH_LIST=toolchain.WHEEL_ARCHS)
     with zipfile.ZipFile(wheel) as archive:
         facts = json.loads(archive.read(f"googlenet_fused/backends/cuda/{native.FACTS}"))
     assert facts["archs"] == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]

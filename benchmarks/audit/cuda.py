@@ -63,7 +63,7 @@ class Variant:
 
 
 def load_build() -> ModuleType:
-    """``csrc/build.py``, which knows the compiler and its flags."""
+    """``csrc/build.py``, which has the compiler's flags, and finds the compiler by its ``toolchain``."""
     spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -74,15 +74,15 @@ def load_build() -> ModuleType:
 
 @cache
 def nvcc() -> Any:
-    """The compiler, a ``build.Nvcc``.
+    """The compiler, a ``toolchain.Nvcc``.
 
     Raises:
         MissingTool: there is none, or it is too old.
     """
-    build = load_build()
+    toolchain = load_build().toolchain
     try:
-        return build.find_nvcc()
-    except build.MissingTool as error:
+        return toolchain.find_nvcc()
+    except toolchain.MissingTool as error:
         raise MissingTool(str(error)) from error
 
 
