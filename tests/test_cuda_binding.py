@@ -156,7 +156,11 @@ WRONG = {
     "out of fewer dimensions": (dict(out=meta(256, 28, 28)), r"out is \[256, 28, 28\]; .* it is to be \[1, 256, 28, 28\]"),
     "out expanded": (
         dict(out=meta(1, 256, 28, 1).expand(1, 256, 28, 28)),
-        r"out is expanded, its strides are \[7168, 28, 1, 0\]; ",
+        "out has strides of 7168, 28, 1 and 0 elements, by which its elements overlap or interleave; ",
+    ),
+    "out overlapping": (
+        dict(out=meta(1, 256, 28, 28).as_strided((1, 256, 28, 28), (0, 1, 28 * 256, 255))),
+        "out has strides of 0, 1, 7168 and 255 elements, by which its elements overlap or interleave; ",
     ),
     "weights of another dtype": (dict(weights=meta(9)), "weights is float16; it is to be uint8"),
     "weights of another size": (dict(weights=meta(9, dtype=torch.uint8)), r"weights is \[9\]; .* it is to be \[\d+\]"),

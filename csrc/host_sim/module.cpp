@@ -224,7 +224,7 @@ py::dict simulate_arrays(const py::dict &problem, const py::dict &device, const 
   const std::optional<Tile> t = tile_of(tile);
   Pointers pointers{};
   take_image("x", x, p, p.in_channels, pointers.x_strides);
-  take_image("out", out, p, std::int64_t{p.ch1x1} + p.ch3x3 + p.ch5x5 + p.pool_proj, pointers.out_strides);
+  take_image("out", out, p, out_channels(p), pointers.out_strides);
   const PackedSizes sizes = packed_sizes(p);
   check_packed<std::uint8_t>("weights", weights, sizes.weight_bytes);
   check_packed<float>("bias", bias, sizes.biases);

@@ -23,9 +23,8 @@ Counters simulate(const Problem &problem, const Device &device, const std::optio
                   const Extents &extents, const Modes &modes) {
   const Plan plan = tile ? plan_tile(problem, device, *tile) : plan_module(problem, device);
   const Params params = fill_params(problem, plan, pointers);
-  const std::int64_t channels = std::int64_t{problem.ch1x1} + problem.ch3x3 + problem.ch5x5 + problem.pool_proj;
   const std::int64_t *strides = pointers.out_strides;
-  Output output(pointers.out, {problem.batch, channels, problem.height, problem.width},
+  Output output(pointers.out, {problem.batch, out_channels(problem), problem.height, problem.width},
                 {strides[0], strides[1], strides[2], strides[3]}, element_bytes(problem.element));
   Launch launch;
   launch.blocks = std::int64_t{plan.image_tiles} * plan.row_tiles * plan.column_tiles * plan.tile.splits;

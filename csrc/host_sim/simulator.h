@@ -67,8 +67,8 @@ struct Array {
   std::int64_t bytes;
 };
 
-// The output, every element of which must be written once. Throws std::invalid_argument if its elements overlap or interleave:
-// an axis's stride must step over all that lies along the axes of smaller strides.
+// The output, every element of which must be written once. An axis's stride must step over all that lies along the axes of
+// smaller strides, as fill_params has it.
 class Output {
 public:
   Output() = default;

@@ -1,8 +1,11 @@
 #include "fill_params.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace googlenet_fused {
 namespace {
@@ -37,10 +40,29 @@ void check_x(const Problem &problem, const Pointers &pointers) {
   }
 }
 
+// An element of its own for every thread that writes: an axis steps over all that lies along those of smaller strides.
+void check_out(const Problem &problem, const Pointers &pointers) {
+  const std::int64_t sizes[] = {problem.batch, out_channels(problem), problem.height, problem.width};
+  std::array<std::pair<std::int64_t, std::int64_t>, 4> axes; // stride and size
+  for (int i = 0; i < 4; i++) axes[i] = {pointers.out_strides[i], sizes[i]};
+  std::sort(axes.begin(), axes.end());
+  std::int64_t spanned = 1; // elements from the first to the last along the axes of smaller strides
+  for (const auto &[stride, size] : axes) {
+    if (size == 1) continue;
+    if (stride < spanned) {
+      const auto number = [&](int i) { return std::to_string(pointers.out_strides[i]); };
+      throw std::invalid_argument("out has strides of " + number(0) + ", " + number(1) + ", " + number(2) + " and " + number(3) +
+                                  " elements, by which its elements overlap or interleave; each is to have memory of its own");
+    }
+    spanned += (size - 1) * stride;
+  }
+}
+
 } // namespace
 
 Params fill_params(const Problem &problem, const Plan &plan, const Pointers &pointers) {
   check_x(problem, pointers);
+  check_out(problem, pointers);
   check_alignment("weights", pointers.weights);
   Params params = {};
   params.x = static_cast<const unsigned char *>(pointers.x);
