@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from googlenet_fused.backends.cuda import weights as layout
 from googlenet_fused.backends.cuda.simulation import problem_of
 from googlenet_fused.backends.cuda.weights import pack, round_to_tf32
 from googlenet_fused.packing import PackedInception, pack_inception
@@ -19,6 +22,13 @@ from googlenet_fused.spec import InceptionSpec
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SPECS = {**ODD_SPECS, "3a": GOOGLENET_MODULES["3a"][0], "4b": GOOGLENET_MODULES["4b"][0]}
+
+
+def test_sizes_are_those_of_the_kernel() -> None:
+    header = (Path(__file__).parents[1] / "csrc" / "inception" / "params.h").read_text()
+    for name in ("UnitBytes", "StepBytes", "StageBytes", "UnitColumns"):
+        (value,) = re.findall(rf"constexpr int k{name} = (\d+);", header)
+        assert getattr(layout, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).upper()) == int(value)
 
 
 def packed_weights(spec: InceptionSpec, dtype: torch.dtype) -> PackedInception:
