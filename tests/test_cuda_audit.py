@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,10 +77,10 @@ def test_every_bound_is_near_what_was_counted() -> None:
     assert set(bounds) == {"ldmatrix_a", "ldmatrix_b", "copy_writes", "global_reads", "global_writes"}
     for kind, most in bounds.items():
         counted = (counters[kind] for counters in recorded()["simulated"])
-        assert most - 0.02 < max(taken / least for taken, least in counted) <= most, kind
+        assert most - 0.01 < max(taken / least for taken, least in counted) <= most, kind
 
 
-def test_several_images_a_tile_are_simulated() -> None:
+def test_several_images_a_tile_and_tiles_cut_off_are_simulated() -> None:
     for case in simulated.CASES:
         spec, side = cuda.GOOGLENET_SPECS[case.module], cuda.GOOGLENET_SIDES[case.module]
         problem = cuda.problem_of(spec, cuda.DTYPES[case.dtype], case.batch, side, side)
@@ -88,6 +89,8 @@ def test_several_images_a_tile_are_simulated() -> None:
         if case.multiprocessors == 1 and side < 28 and (case.module, case.dtype) != ("4e", "tf32"):
             assert (tile["rows"], tile["columns"]) == (side, side), case
             assert (tile["images"] > 1) == (side == 7), case
+        if (case.multiprocessors, case.batch, side) == (132, 4, 7):
+            assert side % tile["rows"] or side % tile["columns"], case
 
 
 @pytest.mark.parametrize("module", ["5a", "3a"])
@@ -271,6 +274,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.setattr(cuda, "nvcc", lambda: SimpleNamespace(version="12.0.1", codes=["sm_75", "sm_80"]))
     monkeypatch.setattr(cuda, "audited", audited)
     monkeypatch.setattr(cuda, "simulation", lambda: None)
+    monkeypatch.setattr(cuda.tools, "check", lambda: None)
     monkeypatch.setattr(cuda, "simulated", lambda cases, advance: iter(()))
     return compiled
 
@@ -297,11 +301,26 @@ def test_a_selection_is_audited_and_not_written(fake: list[Any], tmp_path: Path)
 def test_an_interrupt_waits_only_for_what_is_begun(fake: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(variant: cuda.Variant, arch: str) -> None:
         fake.append(arch)
+        time.sleep(0.1)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(cuda, "nvcc", lambda: SimpleNamespace(version="12.0.1", codes=list(cuda.ARCHES)))
     monkeypatch.setattr(cuda, "audited", interrupted)
     assert cuda.main(["--jobs", "1"]) == 130
-    assert 1 <= len(fake) <= 3
+    assert 1 <= len(fake) <= 3  # of 18
+
+
+def test_a_missing_disassembler_is_said_and_nothing_written(
+    fake: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise ToolError("nvdisasm is nowhere")
+
+    monkeypatch.setattr(cuda.tools, "check", missing)
+    assert cuda.main([]) == 1
+    assert capsys.readouterr().err == "benchmarks.audit.cuda: error: nvdisasm is nowhere\n"
+    assert not fake
+    assert not (tmp_path / "audit.json").exists()
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,5 +337,5 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert cuda.main(["--if-possible"]) == 0
     assert capsys.readouterr().out == "==> the CUDA kernel is not audited: no nvcc: looked in /nowhere\n"
     monkeypatch.setitem(sys.modules, "googlenet_fused.backends.cuda._host_sim", None)
-    with pytest.raises(MissingTool, match=r"the simulation, which has the planner, cannot be imported .*: make native"):
+    with pytest.raises(MissingTool, match=r"the simulation, which has the planner, is not built .*: make native"):
         simulated.simulation()

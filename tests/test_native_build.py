@@ -170,7 +170,8 @@ def package_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, checkout: bool 
     if checkout:
         machine(
             folder / "csrc",
-            {"inception/params.h": "// one", "inception/deep/a.cu": "// two", "binding.cpp": "// three", "build.py": "# four"},
+            {"inception/params.h": "// one", "inception/deep/a.cu": "// two", "binding.cpp": "// three"}
+            | {"build.py": "# four", "toolchain.py": "# five"},
         )
     return package
 
@@ -211,7 +212,7 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: p
     current = FACTS | {"source": native.source_hash(tmp_path / "csrc")}
     package_in(tmp_path, monkeypatch, facts=json.dumps(current), library="no library")
     assert native.build_facts() == current
-    for name in ("inception/params.h", "inception/deep/a.cu", "binding.cpp", "build.py"):
+    for name in ("inception/params.h", "inception/deep/a.cu", "binding.cpp", "build.py", "toolchain.py"):
         path = tmp_path / "csrc" / name
         before = path.read_text()
         path.write_text(before + " changed")

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import results
-from benchmarks.audit import record
+from benchmarks.audit import record, tools
 from benchmarks.audit.__main__ import OUTPUT, check_writable, show
 from benchmarks.audit.compile import AuditError, Binary, MissingTool
 from benchmarks.audit.limits import LIMITS
@@ -201,6 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise AuditError(f"--jobs must be at least 1, got {arguments.jobs}")
     version, served = nvcc().version, nvcc().codes
     simulation()
+    tools.check()
     if unknown := [arch for arch in arguments.arches if arch not in served]:
         print(f"nvcc {version} does not compile for {', '.join(unknown)}")
     tasks = [(Variant(dtype), arch) for dtype in arguments.dtypes for arch in arguments.arches if arch in served]
@@ -216,7 +217,8 @@ def run(arguments: argparse.Namespace) -> int:
     new = audit(tasks, [case for case in CASES if case.dtype in arguments.dtypes], arguments.jobs)
     show(new, arguments.details)
     conflicting = [text for counters in new["simulated"] for text in conflicts(counters)]
-    print("\n".join([*([table(new["simulated"])] if new["simulated"] else []), *conflicting]))
+    for text in [*([table(new["simulated"])] if new["simulated"] else []), *conflicting]:
+        print(text)
     changes = [*record.differences(old, new, whole), *recounted(old, new, whole)] if old else ["all of it"]
     if output and not changes:
         print(f"as in {output}")
@@ -249,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         print(f"benchmarks.audit.cuda: error: {error}", file=sys.stderr)
         return 1
-    except AuditError as error:
+    except (AuditError, tools.ToolError) as error:
         print(f"benchmarks.audit.cuda: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.audit.compile import MissingTool
+from benchmarks.audit.compile import AuditError, MissingTool
 from googlenet_fused.backends.cuda.simulation import MODULE, simulate
 from googlenet_fused.backends.cuda.tiles import DTYPES
 from googlenet_fused.ops import inception
@@ -54,11 +54,14 @@ def simulation() -> Any:
 
     Raises:
         MissingTool: it is not built.
+        AuditError: it was built, and cannot be imported.
     """
     try:
         return importlib.import_module(MODULE)
+    except ModuleNotFoundError as error:
+        raise MissingTool(f"the simulation, which has the planner, is not built ({error}): make native") from error
     except ImportError as error:
-        raise MissingTool(f"the simulation, which has the planner, cannot be imported ({error}): make native") from error
+        raise AuditError(f"the simulation cannot be imported ({error}): make native") from error
 
 
 def simulated(cases: Iterable[Case], advance: Callable[[], None] = lambda: None) -> Iterator[Counters]:

@@ -32,6 +32,12 @@ def resource_usage(cubin: bytes) -> str:
     return _run(["cuobjdump", "--dump-resource-usage"], cubin)
 
 
+def check() -> None:
+    """Raises ToolError: there is no nvdisasm or no cuobjdump."""
+    for name in ("nvdisasm", "cuobjdump"):
+        _tool(name)
+
+
 def _run(command: list[str], cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

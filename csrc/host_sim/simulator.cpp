@@ -182,6 +182,7 @@ void Block::barrier(const void *site) {
     if (std::any_of(warps_.begin(), warps_.end(), [](const Warp &each) { return each.done == ~0u; })) {
       fail("a barrier after a warp of the block has ended");
     }
+    // A site is an address: a barrier that the compiler copies into both sides of a branch counts as two.
     if (waiting_ > 0 && barrier_ != site) fail("warps of one block are at different barriers");
     barrier_ = site;
     warp.at_barrier = true;

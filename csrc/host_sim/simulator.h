@@ -32,7 +32,7 @@ struct Modes {
   Order order = Order::kForward; // in which lanes, warps and blocks take their turns
   std::uint64_t seed = 0;        // of kShuffled
   bool eager = false;  // copies are made when they are issued: an overwritten slot shows. Else when they are waited for: a missing wait does
-  bool races = true;   // accesses of two threads to 16 bytes without a barrier between them are errors, of one warp, too
+  bool races = true;   // two threads, even of one warp, at the same 16 bytes and no barrier between are an error, if one writes
   bool poison = true;  // shared memory begins as NaN
   bool count = false;  // wavefronts and sectors, which takes time
   int threads = 2;     // of the CPU

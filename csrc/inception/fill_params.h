@@ -18,7 +18,8 @@ inline std::int64_t out_channels(const Problem &problem) {
   return std::int64_t{problem.ch1x1} + problem.ch3x3 + problem.ch5x5 + problem.pool_proj;
 }
 
-// Throws std::invalid_argument if x's channels are not adjacent, its pixels do not lie on 16 bytes, or elements of out overlap.
+// Throws std::invalid_argument if x's channels are not adjacent, its pixels do not lie on 16 bytes, or out's elements overlap or
+// interleave.
 Params fill_params(const Problem &problem, const Plan &plan, const Pointers &pointers);
 
 // Sizes of the packed weights and biases, in bytes and in numbers: what Plan::products refer to.

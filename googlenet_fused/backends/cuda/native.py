@@ -35,11 +35,11 @@ class BuildFacts(TypedDict):
 
 
 def source_hash(csrc: Path) -> str:
-    """Of all that the library is made from: ``csrc/inception``, the binding, and the build with its flags."""
+    """Of all that the library is made from: ``csrc/inception``, the binding, and the build with its flags and architectures."""
     folder = csrc / "inception"
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
     digest = hashlib.sha256()
-    for path in [*files, csrc / "binding.cpp", csrc / "build.py"]:
+    for path in [*files, *(csrc / name for name in ("binding.cpp", "build.py", "toolchain.py"))]:
         digest.update(f"{path.relative_to(csrc).as_posix()}\0".encode())
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
