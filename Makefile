@@ -49,7 +49,7 @@ bench: .venv/.installed-bench ## measure on this machine (the better part of an 
 
 clean: ## remove .venv and all that the other targets wrote, but no measurements
 	@rm -rf .venv build dist ./*.egg-info demo-output gpu-output benchmarks/probes/build .pytest_cache .mypy_cache .ruff_cache
-	@rm -f googlenet_fused/backends/cuda/*.so googlenet_fused/backends/cuda/build.json
+	@rm -f $(addprefix googlenet_fused/backends/cuda/,*.so build.json _host_sim.json)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/pip:

@@ -9,6 +9,7 @@ Nothing beyond the standard library is imported here, torch neither.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import platform
@@ -107,19 +108,70 @@ class NinjaFile:
         return "\n".join(["ninja_required_version = 1.8", "pool device", f"  depth = {depth}", *self.lines, ""])
 
 
-def run_ninja(folder: Path, text: str, jobs: int, verbose: bool, show: bool) -> None:
+class Contents:
+    """What files held when a folder was last built, because ninja goes by their times alone: a source put in place with its old
+    time would not be compiled, and a damaged output not be linked again."""
+
+    def __init__(self, folder: Path, sources: Iterable[Path], output: Path) -> None:
+        self.folder, self.record, self.output = folder, folder / "contents.json", output
+        self.sources = {str(path): self.of(path) for path in sources}
+
+    @staticmethod
+    def of(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def recorded(self) -> dict[str, str]:
+        try:
+            found = json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def forget_stale(self) -> None:
+        """Remove the objects if a source has changed that does not look new, and the output if it is another than was built."""
+        before = self.recorded()
+        if not before:
+            return
+        built = self.record.stat().st_mtime_ns
+        changed = [path for path, content in self.sources.items() if before.get(path, content) != content]
+        if any(Path(path).stat().st_mtime_ns <= built for path in changed):
+            for path in self.folder.glob("*.o"):
+                path.unlink()
+        if self.output.is_file() and before.get(str(self.output)) != self.of(self.output):
+            self.output.unlink()
+
+    def remember(self) -> None:
+        others = {path: content for path, content in self.recorded().items() if Path(path).is_file()}
+        self.record.write_text(json.dumps({**others, **self.sources, str(self.output): self.of(self.output)}, indent=1) + "\n")
+
+
+def sources_of(csrc: Path, names: Sequence[str]) -> list[Path]:
+    """Files of C++ and CUDA, of ``native.LIBRARY_SOURCES`` for example."""
+    return [path for path in native.source_files(csrc, names) if path.suffix != ".py"]
+
+
+def run_ninja(folder: Path, text: str, contents: Contents, jobs: int, verbose: bool, show: bool) -> None:
     """Raises BuildError with the compiler's text, which has been shown already if ``show``."""
     import fcntl  # not in Windows' Python, where setup.py runs this file, too
 
     ninja = toolchain.find_ninja()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for place in (folder, contents.output.parent):
+            place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"there is no folder {place}, and it cannot be made: {error.strerror}") from error
+    if contents.output.is_dir():
+        raise BuildError(f"{contents.output} is a folder; name the file to build")
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        contents.forget_stale()
         (folder / "build.ninja").write_text(text)
         command = [ninja, "-C", str(folder), "-j", str(jobs), *(["-v"] if verbose else [])]
         sys.stdout.flush()
         to = None if show else subprocess.PIPE
         done = subprocess.run(command, stdout=to, stderr=to and subprocess.STDOUT, text=True)
+        if done.returncode == 0:
+            contents.remember()
     if done.returncode != 0:
         said = "the compiler's messages are above" if show else f"the compiler said:\n{done.stdout}"
         raise BuildError(f"the build in {folder} failed; {said}")
@@ -152,25 +204,28 @@ def build_library(
     if unknown:
         known = " ".join(nvcc.codes)
         raise BuildError(
-            f"{nvcc.path} {nvcc.version} does not know {', '.join(unknown)}, only {known}: name others in TORCH_CUDA_ARCH_LIST"
+            f"{nvcc.path} {nvcc.version} does not know {', '.join(unknown)}, only {known}: "
+            "name others, by --archs or in TORCH_CUDA_ARCH_LIST"
         )
-    source = native.source_hash(CSRC)
+    source = native.source_hash(CSRC, native.LIBRARY_SOURCES)
     threads = min(jobs, len({re.sub(r"\D", "", code) for code in codes}))
     if show:
-        print(
-            f"==> {output.name} for {' '.join(codes)}: nvcc {nvcc.version}, torch {torch.version}, {jobs} at a time", flush=True
-        )
+        made_by = f"{nvcc.path} {nvcc.version}, torch {torch.version}, {jobs} at a time"
+        print(f"==> {output.name} for {' '.join(codes)}: {made_by}", flush=True)
     major = nvcc.version.partition(".")[0]
     if show and torch.cuda and torch.cuda.partition(".")[0] != major:
         print(f"    torch is built with CUDA {torch.cuda}; the library will want a driver for CUDA {major}", flush=True)
     before = output.stat().st_mtime_ns if output.exists() else None
     begin = time.monotonic()
-    run_ninja(folder, _library_ninja(nvcc, torch, codes, output, folder, threads).text(jobs // threads), jobs, verbose, show)
+    text = _library_ninja(nvcc, torch, codes, output, folder, threads).text(jobs // threads)
+    contents = Contents(folder, sources_of(CSRC, native.LIBRARY_SOURCES), output)
+    run_ninja(folder, text, contents, jobs, verbose, show)
+    made = output.stat()
     facts = {"built": True, "archs": codes, "nvcc": nvcc.version, "torch": torch.version, "source": source}
     seconds = round(time.monotonic() - begin, 1)
-    if before == output.stat().st_mtime_ns:
+    if before == made.st_mtime_ns:
         seconds = _facts_beside(output).get("seconds", seconds)
-    write_facts(output.parent, {**facts, "seconds": seconds})
+    write_facts(output.parent, {**facts, "bytes": made.st_size, "seconds": seconds})
     return output
 
 
@@ -255,7 +310,12 @@ def build_simulation(
     ninja.link(output.resolve())
     if show:
         print(f"==> {output.name}{' with sanitizers' if sanitized else ''}, {jobs} at a time", flush=True)
-    run_ninja(folder, ninja.text(jobs), jobs, verbose, show)
+    ours = output.parent == PACKAGE
+    source = native.source_hash(csrc, native.SIMULATION_SOURCES) if ours else None
+    contents = Contents(folder, sources_of(csrc, native.SIMULATION_SOURCES), output.resolve())
+    run_ninja(folder, ninja.text(jobs), contents, jobs, verbose, show)
+    if ours:
+        write_facts(PACKAGE, {"source": source, "bytes": output.stat().st_size}, native.SIMULATION_FACTS)
     return output
 
 
@@ -317,12 +377,12 @@ def _facts_beside(library: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Say beside the library's place what was built, or ``{"built": False, "reason": ...}``."""
+def write_facts(folder: Path, facts: Mapping[str, Any], name: str = native.FACTS) -> None:
+    """Say beside the library's place what was built, or ``{"built": False, "reason": ...}``; or beside the simulation's."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{native.FACTS}.new"
+    new = folder / f"{name}.new"
     new.write_text(json.dumps(facts, indent=1) + "\n")
-    new.replace(folder / native.FACTS)
+    new.replace(folder / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -331,11 +391,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "target", choices=("cuda", "sim", "asan"), help="the CUDA library, the simulation, or it with sanitizers"
     )
     parser.add_argument("--archs", help=f'as TORCH_CUDA_ARCH_LIST; "all" is "{toolchain.WHEEL_ARCHS}"')
-    parser.add_argument("--output", type=Path, help="the file to build; by default in the package, with sanitizers in build/")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the file to build, with build.json beside it; by default in the package, with sanitizers in build/",
+    )
     parser.add_argument("--jobs", type=int, help="compilers at a time; by default what processors and memory allow")
     parser.add_argument("--if-possible", action="store_true", help="where a tool is missing say so, and succeed")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the commands")
     options = parser.parse_args(arguments)
+    if options.archs is not None and options.target != "cuda":
+        parser.error("--archs is for the target cuda; the simulation is built for this machine")
     try:
         if options.target == "cuda":
             build_library(options.archs, options.output, jobs=options.jobs, verbose=options.verbose)
@@ -352,6 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: what is compiled is kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -47,10 +47,9 @@ def parse_archs(text: str, source: str = "--archs") -> list[str]:
         BuildError: an entry is no architecture, or none is left; the message begins with ``source``.
     """
     codes: list[str] = []
-    entries = [entry for entry in re.split(r"[;\s]+", text.strip()) if entry]
-    entries = [part for entry in entries for part in _spelled_out(entry).split(";")]
-    for entry in entries:
-        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+    entries = [one for one in re.split(r"[;\s]+", text.strip()) if one]
+    for entry, part in [(one, part) for one in entries for part in _spelled_out(one).split(";")]:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", part)
         if found is None:
             names = ", ".join(NAMED_ARCHS)
             raise BuildError(f'{source}: {entry!r} is no architecture; write for example "{DEFAULT_ARCHS}", or a name: {names}')
@@ -91,7 +90,7 @@ def choose_archs(asked: str | None, environment: Mapping[str, str] = os.environ)
     Raises:
         BuildError: as ``parse_archs``.
     """
-    if asked:
+    if asked is not None:
         return parse_archs(WHEEL_ARCHS if asked == "all" else asked)
     if listed := environment.get("TORCH_CUDA_ARCH_LIST", "").strip():
         return parse_archs(listed, "TORCH_CUDA_ARCH_LIST")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pretended_toolchain import build, fake_nvcc, machine, toolchain
 
 from googlenet_fused.backends.cuda import native
@@ -40,7 +41,8 @@ no_cxx = missing(toolchain.find_cxx)
 def test_an_arch_that_nvcc_does_not_know_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda")))
     with pytest.raises(
-        build.BuildError, match=r"nvcc 13\.1\.4 does not know sm_120, compute_120, only sm_80 sm_90: name others"
+        build.BuildError,
+        match=r"nvcc 13\.1\.4 does not know sm_120, compute_120, only sm_80 sm_90: name others, by",
     ):
         build.build_library("8.0;12.0+PTX", tmp_path / "library.so", folder=tmp_path / "build")
 
@@ -158,6 +160,46 @@ def test_a_simulation_of_other_sources_is_built_again_only_where_they_change(tmp
         answer()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(bool(no_ninja or no_cxx), reason=str(no_ninja or no_cxx))
+@pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="needs pybind11")
+def test_what_was_put_in_place_with_an_old_time_or_damaged_is_built_again(tmp_path: Path) -> None:
+    csrc, folder = tmp_path / "csrc", tmp_path / "build"
+    machine(csrc, {"inception/tile_plan.cpp": "", "inception/fill_params.cpp": ""})
+
+    def made(answer: int, age: float) -> bytes:
+        path = csrc / "host_sim" / "module.cpp"
+        machine(csrc, {"host_sim/module.cpp": SIMULATION.replace("ANSWER", str(answer))})
+        os.utime(path, (age, age))
+        return build.build_simulation(csrc=csrc, folder=folder, show=False).read_bytes()
+
+    first = made(41, age=1e9)
+    second = made(42, age=1e9)
+    assert second != first
+    (module,) = folder.glob("_host_sim.*.so")
+    module.write_bytes(second[:1000])
+    assert made(42, age=1e9) == second
+    with pytest.raises(build.BuildError, match=r"build is a folder; name the file to build$"):
+        build.build_simulation(tmp_path / "build", csrc=csrc, folder=folder, show=False)
+    with pytest.raises(build.BuildError, match=r"^there is no folder /proc/nope, and it cannot be made: No such file"):
+        build.build_simulation(Path("/proc/nope/x.so"), csrc=csrc, folder=folder, show=False)
+
+
+def test_an_interrupt_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "build_library", interrupted)
+    assert build.main(["cuda"]) == 130
+    assert capsys.readouterr().err == "interrupted: what is compiled is kept\n"
+
+
+def test_architectures_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build.main(["sim", "--archs", "8.0"])
+    assert "--archs is for the target cuda" in capsys.readouterr().err
+
+
 def package_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, checkout: bool = False, **files: str) -> Path:
     """Lets ``native`` look at a package, or a checkout, in ``folder``."""
     package = folder / "package"
@@ -188,7 +230,12 @@ FACTS = {"built": True, "archs": ["sm_80"], "nvcc": "13.0.88", "torch": "2.14.1"
         ({"facts": "{"}, r"build\.json cannot be read \(Expecting.*\): .* anew$"),
         ({"facts": "[]"}, r"build\.json cannot be read"),
         ({"facts": "{}"}, r"build\.json cannot be read"),
+        ({"facts": json.dumps(FACTS | {"archs": None})}, r"build\.json cannot be read \(its archs are no list\): .* anew$"),
         ({"facts": json.dumps(FACTS)}, rf"{native.LIBRARY} is missing: .* anew$"),
+        (
+            {"facts": json.dumps(FACTS | {"bytes": 9}), "library": "8 bytes."},
+            rf"{native.LIBRARY} is damaged, it has 8 bytes of 9: .* anew$",
+        ),
     ],
 )
 def test_why_the_library_is_not_there(
@@ -209,7 +256,7 @@ def test_facts_of_a_library_that_is_there(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = package_in(tmp_path, monkeypatch, checkout=True)
     assert native.build_facts()["reason"] == "this installation was made without the native library: `make native` builds it"
-    current = FACTS | {"source": native.source_hash(tmp_path / "csrc")}
+    current = FACTS | {"source": native.source_hash(tmp_path / "csrc", native.LIBRARY_SOURCES)}
     package_in(tmp_path, monkeypatch, facts=json.dumps(current), library="no library")
     assert native.build_facts() == current
     for name in ("inception/params.h", "inception/deep/a.cu", "binding.cpp", "build.py", "toolchain.py"):
@@ -218,7 +265,7 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: p
         path.write_text(before + " changed")
         facts = native.build_facts()
         assert not facts["built"]
-        assert facts["reason"] == "csrc/ has changed since the library was built: `make native` builds it anew"
+        assert facts["reason"] == f"csrc/ has changed since {native.LIBRARY} was built: `make native` builds it anew"
         assert facts["archs"] == ["sm_80"]
         path.write_text(before)
     machine(tmp_path / "csrc", {"host_sim/simulation.cpp": "", "inception/notes.md": ""})
@@ -227,7 +274,27 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: p
     assert reason is not None
     assert reason.startswith("the native library does not load: ")
     assert str(package / native.LIBRARY) in reason
-    assert "built with torch 2.14.1, here is " in reason
+    assert "file too short" in reason
+    assert ("built with torch 2.14.1, here is " in reason) == (torch.__version__ != "2.14.1")
+    assert reason.endswith("`make native` builds it anew")
+
+
+def test_a_simulation_of_other_sources_or_damaged_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = package_in(tmp_path, monkeypatch, checkout=True)
+    assert native.simulation_fault() is None  # which says that there is none
+    machine(tmp_path / "csrc", {"host_sim/simulator.cpp": "// six"})
+    module = package / "_host_sim.cpython.so"
+    module.write_text("a simulation")
+    assert native.simulation_fault() is None
+    source = native.source_hash(tmp_path / "csrc", native.SIMULATION_SOURCES)
+    (package / native.SIMULATION_FACTS).write_text(json.dumps({"source": source, "bytes": 12}))
+    assert native.simulation_fault() is None
+    module.write_text("a simul")
+    remedy = "`make native` builds it anew"
+    assert native.simulation_fault() == f"{module} is damaged, it has 7 bytes of 12: {remedy}"
+    module.write_text("a simulation")
+    machine(tmp_path / "csrc", {"host_sim/simulator.cpp": "// seven"})
+    assert native.simulation_fault() == f"csrc/ has changed since {module.name} was built: {remedy}"
 
 
 def test_facts_need_no_torch() -> None:
@@ -321,7 +388,7 @@ def test_a_wheel_with_the_library(tmp_path: Path) -> None:
     assert reason is None
     assert facts["built"]
     assert facts["archs"] == toolchain.choose_archs(None)
-    assert facts["source"] == native.source_hash(ROOT / "csrc")
+    assert facts["source"] == native.source_hash(ROOT / "csrc", native.LIBRARY_SOURCES)
     assert said[0]
     assert said[1] == "googlenet_fused_cuda: x is [1]; it is to be [n, in_channels, h, w]"
     doctor = run(python, "-m", "googlenet_fused", "doctor", "--json", cwd=tmp_path)
@@ -374,6 +441,7 @@ def test_an_sdist_has_the_sources_and_nothing_that_was_built(tmp_path: Path) -> 
     cuda = tree / "googlenet_fused" / "backends" / "cuda"
     (cuda / native.LIBRARY).write_text("built in place")
     build.write_facts(cuda, {"built": True})
+    build.write_facts(cuda, {}, native.SIMULATION_FACTS)
     made = make("sdist", tree, GOOGLENET_FUSED_BUILD="none")
     shutil.unpack_archive(made, tmp_path / "unpacked")
     (top,) = (tmp_path / "unpacked").iterdir()
@@ -381,6 +449,7 @@ def test_an_sdist_has_the_sources_and_nothing_that_was_built(tmp_path: Path) -> 
         path.relative_to(tree) for path in (tree / "csrc").rglob("*") if path.is_file() and "__pycache__" not in path.parts
     }
     assert wanted <= {path.relative_to(top) for path in top.rglob("*")}
-    assert native.source_hash(top / "csrc") == native.source_hash(ROOT / "csrc")
+    for names in (native.LIBRARY_SOURCES, native.SIMULATION_SOURCES):
+        assert native.source_hash(top / "csrc", names) == native.source_hash(ROOT / "csrc", names)
     assert not list(top.rglob("*.so"))
-    assert not list(top.rglob(native.FACTS))
+    assert not [path for name in (native.FACTS, native.SIMULATION_FACTS) for path in top.rglob(name)]

@@ -29,7 +29,7 @@ def test_arch_lists_are_read_as_torch_reads_them(text: str, codes: list[str]) ->
     assert toolchain.parse_archs(text) == codes
 
 
-@pytest.mark.parametrize("text", ["sm_80", "80", "8", "8.0,9.0", "8.0+ptx", "8.0;hopper", "all", "9.0b"])
+@pytest.mark.parametrize("text", ["sm_80", "80", "8", "8.0,9.0", "8.0+ptx", "8.0;hopper", "all", "9.0b", "Hopper+"])
 def test_nonsense_in_an_arch_list_is_named(text: str) -> None:
     with pytest.raises(
         toolchain.BuildError, match=r"^MY_LIST: '.+' is no architecture; write for example \"8\.0;9\.0\+PTX\""
@@ -80,6 +80,8 @@ def test_archs_are_those_asked_for_then_listed_then_here(
 def test_a_wrong_list_in_the_environment_is_named() -> None:
     with pytest.raises(toolchain.BuildError, match=r"^TORCH_CUDA_ARCH_LIST: 'Kepler' is no architecture"):
         toolchain.choose_archs(None, {"TORCH_CUDA_ARCH_LIST": "8.0 Kepler"})
+    with pytest.raises(toolchain.BuildError, match=r"^--archs: '' holds no architecture"):
+        toolchain.choose_archs("", {"TORCH_CUDA_ARCH_LIST": "8.0"})
 
 
 GIB = 2**30

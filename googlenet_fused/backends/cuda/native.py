@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 FOLDER = Path(__file__).resolve().parent
 LIBRARY = "libgooglenet_fused_cuda.so"
 FACTS = "build.json"
+SIMULATION_FACTS = "_host_sim.json"
+LIBRARY_SOURCES = ("inception", "binding.cpp", "build.py", "toolchain.py")
+SIMULATION_SOURCES = ("inception", "host_sim", "build.py", "toolchain.py")
+"""In ``csrc``: all that the library and the simulation are made from, and how."""
+
 SOURCES = FOLDER.parents[2] / "csrc"
 """The library's sources, where this is a checkout."""
 
@@ -31,15 +37,24 @@ class BuildFacts(TypedDict):
     nvcc: NotRequired[str]
     torch: NotRequired[str]
     source: NotRequired[str]
+    bytes: NotRequired[int]
+    """Of the library's file."""
     seconds: NotRequired[float]
 
 
-def source_hash(csrc: Path) -> str:
-    """Of all that the library is made from: ``csrc/inception``, the binding, and the build with its flags and architectures."""
-    folder = csrc / "inception"
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+def source_files(csrc: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Files of these names in ``csrc``, and in the folders among them all of C++ and CUDA."""
+    for path in (csrc / name for name in names):
+        if path.is_dir():
+            yield from sorted(one for one in path.rglob("*") if one.suffix in (".h", ".cuh", ".cpp", ".cu"))
+        else:
+            yield path
+
+
+def source_hash(csrc: Path, names: Sequence[str]) -> str:
+    """Of what ``source_files`` finds."""
     digest = hashlib.sha256()
-    for path in [*files, *(csrc / name for name in ("binding.cpp", "build.py", "toolchain.py"))]:
+    for path in source_files(csrc, names):
         digest.update(f"{path.relative_to(csrc).as_posix()}\0".encode())
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -58,6 +73,8 @@ def build_facts() -> BuildFacts:
         facts: BuildFacts = json.loads(path.read_text())
         if not isinstance(facts, dict) or not isinstance(facts.get("built"), bool):
             raise ValueError("it says not whether the library was built")
+        if not isinstance(facts.get("archs", []), list):
+            raise ValueError("its archs are no list")
     except FileNotFoundError:
         return {"built": False, "reason": f"this installation was made without the native library: {remedy}"}
     except (OSError, ValueError) as error:
@@ -65,15 +82,30 @@ def build_facts() -> BuildFacts:
     if not facts["built"]:
         reason = str(facts.get("reason") or "it was not built")
         return {"built": False, "reason": reason if remedy in reason else f"{reason}; {remedy}"}
-    if not (FOLDER / LIBRARY).is_file():
-        return {**facts, "built": False, "reason": f"{FOLDER / LIBRARY} is missing: {remedy} anew"}
-    if in_checkout() and source_hash(SOURCES) != facts.get("source"):
-        return {
-            **facts,
-            "built": False,
-            "reason": "csrc/ has changed since the library was built: `make native` builds it anew",
-        }
+    if (fault := _fault_of(FOLDER / LIBRARY, facts, LIBRARY_SOURCES, f"{remedy} anew")) is not None:
+        return {**facts, "built": False, "reason": fault}
     return facts
+
+
+def simulation_fault() -> str | None:
+    """Why the simulation that lies here is not to be imported, or None. What was not noted when it was built is not known."""
+    try:
+        facts = json.loads((FOLDER / SIMULATION_FACTS).read_text())
+        (path,) = FOLDER.glob("_host_sim.*.so")
+    except (OSError, ValueError):
+        return None
+    return _fault_of(path, facts, SIMULATION_SOURCES, f"{_REMEDY_IN_CHECKOUT} anew")
+
+
+def _fault_of(path: Path, facts: Mapping[str, Any], names: Sequence[str], remedy: str) -> str | None:
+    """Why what was built is not to be loaded: a damaged file can end the process."""
+    if not path.is_file():
+        return f"{path} is missing: {remedy}"
+    if (size := path.stat().st_size) != facts.get("bytes", size):
+        return f"{path} is damaged, it has {size} bytes of {facts['bytes']}: {remedy}"
+    if in_checkout() and source_hash(SOURCES, names) != facts.get("source"):
+        return f"csrc/ has changed since {path.name} was built: `make native` builds it anew"
+    return None
 
 
 _lock = Lock()
@@ -104,7 +136,10 @@ def load() -> str | None:
         try:
             torch.ops.load_library(FOLDER / LIBRARY)
         except (OSError, RuntimeError) as error:  # of the dynamic linker and of the registration
-            built_with = f"it was built with torch {facts.get('torch')}, here is {torch.__version__}"
-            return f"the native library does not load: {' '.join(str(error).split())} ({built_with})"
+            said = ": ".join(" ".join(str(one).split()) for one in (error, error.__cause__) if one)
+            other = facts.get("torch") != torch.__version__
+            why = f" (it was built with torch {facts.get('torch')}, here is {torch.__version__})" if other else ""
+            remedy = _REMEDY_IN_CHECKOUT if in_checkout() else _REMEDY
+            return f"the native library does not load: {said}{why}; {remedy} anew"
         _loaded = facts
         return None

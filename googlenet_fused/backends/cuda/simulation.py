@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from googlenet_fused.arithmetic import arithmetic
+from googlenet_fused.backends.cuda import native
 from googlenet_fused.backends.cuda.tiles import ELEMENTS, forced_tile, readable, refuse_dtype
 from googlenet_fused.backends.cuda.weights import pack
 from googlenet_fused.backends.registry import Backend, Problem
@@ -127,6 +128,8 @@ def _module() -> Any:
 
 @cache
 def _probe() -> str | None:
+    if (fault := native.simulation_fault()) is not None:
+        return fault
     try:
         _module()
     except ModuleNotFoundError:
