@@ -19,7 +19,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -128,21 +129,28 @@ class Contents:
         return found if isinstance(found, dict) else {}
 
     def forget_stale(self) -> None:
-        """Remove the objects if a source has changed that does not look new, and the output if it is another than was built."""
+        """Remove the objects if a source has changed that does not look new, and the output if it is another than was built.
+
+        What the sources hold now is recorded before anything is compiled: a build that fails or is interrupted leaves objects.
+        """
         before = self.recorded()
-        if not before:
-            return
-        built = self.record.stat().st_mtime_ns
-        changed = [path for path, content in self.sources.items() if before.get(path, content) != content]
-        if any(Path(path).stat().st_mtime_ns <= built for path in changed):
+        changed = [path for path, content in self.sources.items() if before and before.get(path) != content]
+        if changed and min(Path(path).stat().st_mtime_ns for path in changed) <= self.record.stat().st_mtime_ns:
             for path in self.folder.glob("*.o"):
                 path.unlink()
         if self.output.is_file() and before.get(str(self.output)) != self.of(self.output):
             self.output.unlink()
+        write_json(self.record, {**before, **self.sources})
 
-    def remember(self) -> None:
-        others = {path: content for path, content in self.recorded().items() if Path(path).is_file()}
-        self.record.write_text(json.dumps({**others, **self.sources, str(self.output): self.of(self.output)}, indent=1) + "\n")
+    def remember_output(self) -> None:
+        kept = {path: content for path, content in self.recorded().items() if Path(path).is_file()}
+        write_json(self.record, {**kept, str(self.output): self.of(self.output)})
+
+
+def write_json(path: Path, what: Mapping[str, Any]) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(what, indent=1) + "\n")
+    new.replace(path)
 
 
 def sources_of(csrc: Path, names: Sequence[str]) -> list[Path]:
@@ -150,19 +158,26 @@ def sources_of(csrc: Path, names: Sequence[str]) -> list[Path]:
     return [path for path in native.source_files(csrc, names) if path.suffix != ".py"]
 
 
+@contextmanager
+def writing() -> Iterator[None]:
+    """Says which file or folder cannot be written. Raises BuildError."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"{error.filename or 'a file of the build'}: {error.strerror or error}") from error
+
+
 def run_ninja(folder: Path, text: str, contents: Contents, jobs: int, verbose: bool, show: bool) -> None:
     """Raises BuildError with the compiler's text, which has been shown already if ``show``."""
     import fcntl  # not in Windows' Python, where setup.py runs this file, too
 
     ninja = toolchain.find_ninja()
-    try:
-        for place in (folder, contents.output.parent):
-            place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"there is no folder {place}, and it cannot be made: {error.strerror}") from error
     if contents.output.is_dir():
         raise BuildError(f"{contents.output} is a folder; name the file to build")
-    with (folder / "lock").open("w") as lock:
+    with writing(), ExitStack() as stack:
+        for place in (folder, contents.output.parent):
+            place.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / "lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         contents.forget_stale()
         (folder / "build.ninja").write_text(text)
@@ -171,7 +186,7 @@ def run_ninja(folder: Path, text: str, contents: Contents, jobs: int, verbose: b
         to = None if show else subprocess.PIPE
         done = subprocess.run(command, stdout=to, stderr=to and subprocess.STDOUT, text=True)
         if done.returncode == 0:
-            contents.remember()
+            contents.remember_output()
     if done.returncode != 0:
         said = "the compiler's messages are above" if show else f"the compiler said:\n{done.stdout}"
         raise BuildError(f"the build in {folder} failed; {said}")
@@ -287,8 +302,7 @@ def build_simulation(
     """
     if platform.machine() not in ("x86_64", "AMD64") or not {"avx2", "fma", "f16c"} <= toolchain.cpu_flags():
         raise MissingTool("the simulation is written for x86-64 with AVX2, FMA and F16C, which this machine has not")
-    module = f"_host_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
-    output = output or (folder or BUILD / "asan" if folder or sanitized else PACKAGE) / module
+    output = output or (folder or BUILD / "asan" if folder or sanitized else PACKAGE) / native.SIMULATION
     folder = folder or BUILD / ("asan" if sanitized else "sim")
     jobs = toolchain.choose_jobs(jobs)
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitized else []
@@ -310,12 +324,13 @@ def build_simulation(
     ninja.link(output.resolve())
     if show:
         print(f"==> {output.name}{' with sanitizers' if sanitized else ''}, {jobs} at a time", flush=True)
-    ours = output.parent == PACKAGE
+    ours = output.resolve() == PACKAGE / native.SIMULATION
     source = native.source_hash(csrc, native.SIMULATION_SOURCES) if ours else None
     contents = Contents(folder, sources_of(csrc, native.SIMULATION_SOURCES), output.resolve())
     run_ninja(folder, ninja.text(jobs), contents, jobs, verbose, show)
     if ours:
-        write_facts(PACKAGE, {"source": source, "bytes": output.stat().st_size}, native.SIMULATION_FACTS)
+        facts = {"file": output.name, "source": source, "bytes": output.stat().st_size}
+        write_facts(PACKAGE, facts, native.SIMULATION_FACTS)
     return output
 
 
@@ -380,9 +395,7 @@ def _facts_beside(library: Path) -> dict[str, Any]:
 def write_facts(folder: Path, facts: Mapping[str, Any], name: str = native.FACTS) -> None:
     """Say beside the library's place what was built, or ``{"built": False, "reason": ...}``; or beside the simulation's."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{name}.new"
-    new.write_text(json.dumps(facts, indent=1) + "\n")
-    new.replace(folder / name)
+    write_json(folder / name, facts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -394,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        help="the file to build, with build.json beside it; by default in the package, with sanitizers in build/",
+        help="the file to build, the library with build.json beside it; by default in the package, with sanitizers in build/",
     )
     parser.add_argument("--jobs", type=int, help="compilers at a time; by default what processors and memory allow")
     parser.add_argument("--if-possible", action="store_true", help="where a tool is missing say so, and succeed")

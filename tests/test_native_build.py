@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -163,26 +164,62 @@ def test_a_simulation_of_other_sources_is_built_again_only_where_they_change(tmp
 @pytest.mark.slow
 @pytest.mark.skipif(bool(no_ninja or no_cxx), reason=str(no_ninja or no_cxx))
 @pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="needs pybind11")
-def test_what_was_put_in_place_with_an_old_time_or_damaged_is_built_again(tmp_path: Path) -> None:
+def test_what_ninja_takes_for_current_is_built_again(tmp_path: Path) -> None:
+    """Sources with old times, as after ``mv`` or ``rsync``, and damaged outputs."""
     csrc, folder = tmp_path / "csrc", tmp_path / "build"
     machine(csrc, {"inception/tile_plan.cpp": "", "inception/fill_params.cpp": ""})
 
-    def made(answer: int, age: float) -> bytes:
-        path = csrc / "host_sim" / "module.cpp"
-        machine(csrc, {"host_sim/module.cpp": SIMULATION.replace("ANSWER", str(answer))})
-        os.utime(path, (age, age))
+    def put(answer: str, also: str = "", age: float = 1e9) -> None:
+        code = f'extern "C" int answer() {{ return {answer}; }}'
+        machine(csrc, {"host_sim/module.cpp": code, "inception/tile_plan.cpp": also})
+        os.utime(csrc / "host_sim" / "module.cpp", (age, age))
+
+    def made() -> bytes:
         return build.build_simulation(csrc=csrc, folder=folder, show=False).read_bytes()
 
-    first = made(41, age=1e9)
-    second = made(42, age=1e9)
+    put("41")
+    first = made()
+    put("42")
+    second = made()
     assert second != first
-    (module,) = folder.glob("_host_sim.*.so")
-    module.write_bytes(second[:1000])
-    assert made(42, age=1e9) == second
-    with pytest.raises(build.BuildError, match=r"build is a folder; name the file to build$"):
-        build.build_simulation(tmp_path / "build", csrc=csrc, folder=folder, show=False)
-    with pytest.raises(build.BuildError, match=r"^there is no folder /proc/nope, and it cannot be made: No such file"):
-        build.build_simulation(Path("/proc/nope/x.so"), csrc=csrc, folder=folder, show=False)
+
+    put("41", also="no C++", age=time.time())
+    with pytest.raises(build.BuildError, match="no C"):
+        made()
+    put("42")
+    assert made() == second
+
+    (csrc / "host_sim" / "more.cpp").write_text("int more() { return 1; }")
+    with_more = made()
+    (csrc / "host_sim" / "more.cpp").unlink()
+    assert made() == second
+    (csrc / "host_sim" / "more.cpp").write_text("int more() { return 2; }")
+    os.utime(csrc / "host_sim" / "more.cpp", (1e9, 1e9))
+    assert made() not in (second, with_more)
+    (csrc / "host_sim" / "more.cpp").unlink()
+
+    module = folder / native.SIMULATION
+    for record in (True, False):
+        made()
+        if not record:
+            (folder / "contents.json").unlink()
+        module.write_bytes(second[:1000])
+        assert made() == second
+
+
+@pytest.mark.skipif(bool(no_ninja or no_cxx), reason=str(no_ninja or no_cxx))
+@pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="needs pybind11")
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    def made(output: Path) -> None:
+        build.build_simulation(output, folder=tmp_path / "build", show=False)
+
+    with pytest.raises(build.BuildError, match=r"is a folder; name the file to build$"):
+        made(tmp_path)
+    with pytest.raises(build.BuildError, match=r"^/proc/nope: No such file or directory$"):
+        made(Path("/proc/nope/x.so"))
+    (tmp_path / "build" / "lock").mkdir()
+    with pytest.raises(build.BuildError, match=r"build/lock: Is a directory$"):
+        made(tmp_path / "x.so")
 
 
 def test_an_interrupt_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +267,7 @@ FACTS = {"built": True, "archs": ["sm_80"], "nvcc": "13.0.88", "torch": "2.14.1"
         ({"facts": "{"}, r"build\.json cannot be read \(Expecting.*\): .* anew$"),
         ({"facts": "[]"}, r"build\.json cannot be read"),
         ({"facts": "{}"}, r"build\.json cannot be read"),
-        ({"facts": json.dumps(FACTS | {"archs": None})}, r"build\.json cannot be read \(its archs are no list\): .* anew$"),
+        ({"facts": json.dumps(FACTS | {"archs": None})}, r"build\.json cannot be read \(its archs are not names\): .* anew$"),
         ({"facts": json.dumps(FACTS)}, rf"{native.LIBRARY} is missing: .* anew$"),
         (
             {"facts": json.dumps(FACTS | {"bytes": 9}), "library": "8 bytes."},
@@ -283,18 +320,24 @@ def test_a_simulation_of_other_sources_or_damaged_is_not_imported(tmp_path: Path
     package = package_in(tmp_path, monkeypatch, checkout=True)
     assert native.simulation_fault() is None  # which says that there is none
     machine(tmp_path / "csrc", {"host_sim/simulator.cpp": "// six"})
-    module = package / "_host_sim.cpython.so"
+    module = package / native.SIMULATION
     module.write_text("a simulation")
     assert native.simulation_fault() is None
     source = native.source_hash(tmp_path / "csrc", native.SIMULATION_SOURCES)
-    (package / native.SIMULATION_FACTS).write_text(json.dumps({"source": source, "bytes": 12}))
+    (package / native.SIMULATION_FACTS).write_text(json.dumps({"file": module.name, "source": source, "bytes": 12}))
     assert native.simulation_fault() is None
     module.write_text("a simul")
     remedy = "`make native` builds it anew"
     assert native.simulation_fault() == f"{module} is damaged, it has 7 bytes of 12: {remedy}"
     module.write_text("a simulation")
     machine(tmp_path / "csrc", {"host_sim/simulator.cpp": "// seven"})
-    assert native.simulation_fault() == f"csrc/ has changed since {module.name} was built: {remedy}"
+    changed = f"csrc/ has changed since {module.name} was built: {remedy}"
+    assert native.simulation_fault() == changed
+    (tmp_path / "csrc" / "toolchain.py").unlink()
+    assert native.simulation_fault() == changed
+    for facts in ("[]", "{", json.dumps({"file": "_host_sim.of_another_python.so", "source": "", "bytes": 1})):
+        (package / native.SIMULATION_FACTS).write_text(facts)
+        assert native.simulation_fault() is None
 
 
 def test_facts_need_no_torch() -> None:
@@ -441,7 +484,6 @@ def test_an_sdist_has_the_sources_and_nothing_that_was_built(tmp_path: Path) -> 
     cuda = tree / "googlenet_fused" / "backends" / "cuda"
     (cuda / native.LIBRARY).write_text("built in place")
     build.write_facts(cuda, {"built": True})
-    build.write_facts(cuda, {}, native.SIMULATION_FACTS)
     made = make("sdist", tree, GOOGLENET_FUSED_BUILD="none")
     shutil.unpack_archive(made, tmp_path / "unpacked")
     (top,) = (tmp_path / "unpacked").iterdir()
@@ -452,4 +494,4 @@ def test_an_sdist_has_the_sources_and_nothing_that_was_built(tmp_path: Path) -> 
     for names in (native.LIBRARY_SOURCES, native.SIMULATION_SOURCES):
         assert native.source_hash(top / "csrc", names) == native.source_hash(ROOT / "csrc", names)
     assert not list(top.rglob("*.so"))
-    assert not [path for name in (native.FACTS, native.SIMULATION_FACTS) for path in top.rglob(name)]
+    assert not list(top.rglob(native.FACTS))

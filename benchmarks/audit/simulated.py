@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.audit.compile import AuditError, MissingTool
+from googlenet_fused.backends.cuda import native
 from googlenet_fused.backends.cuda.simulation import MODULE, simulate
 from googlenet_fused.backends.cuda.tiles import DTYPES
 from googlenet_fused.ops import inception
@@ -54,8 +55,10 @@ def simulation() -> Any:
 
     Raises:
         MissingTool: it is not built.
-        AuditError: it was built, and cannot be imported.
+        AuditError: it was built, and is damaged or of other sources.
     """
+    if (fault := native.simulation_fault()) is not None:
+        raise AuditError(fault)
     try:
         return importlib.import_module(MODULE)
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -15,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 FOLDER = Path(__file__).resolve().parent
 LIBRARY = "libgooglenet_fused_cuda.so"
 FACTS = "build.json"
+SIMULATION = f"_host_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
 SIMULATION_FACTS = "_host_sim.json"
 LIBRARY_SOURCES = ("inception", "binding.cpp", "build.py", "toolchain.py")
 SIMULATION_SOURCES = ("inception", "host_sim", "build.py", "toolchain.py")
@@ -23,6 +25,7 @@ SIMULATION_SOURCES = ("inception", "host_sim", "build.py", "toolchain.py")
 SOURCES = FOLDER.parents[2] / "csrc"
 """The library's sources, where this is a checkout."""
 
+_OF_CPP = (".h", ".cuh", ".cpp", ".cu")
 _REMEDY = "with nvcc on the PATH, `GOOGLENET_FUSED_BUILD=cuda pip install --no-build-isolation .` in its sources builds it"
 _REMEDY_IN_CHECKOUT = "`make native` builds it"
 
@@ -46,7 +49,7 @@ def source_files(csrc: Path, names: Sequence[str]) -> Iterator[Path]:
     """Files of these names in ``csrc``, and in the folders among them all of C++ and CUDA."""
     for path in (csrc / name for name in names):
         if path.is_dir():
-            yield from sorted(one for one in path.rglob("*") if one.suffix in (".h", ".cuh", ".cpp", ".cu"))
+            yield from sorted(one for one in path.rglob("*") if one.suffix in _OF_CPP and one.is_file())
         else:
             yield path
 
@@ -73,8 +76,9 @@ def build_facts() -> BuildFacts:
         facts: BuildFacts = json.loads(path.read_text())
         if not isinstance(facts, dict) or not isinstance(facts.get("built"), bool):
             raise ValueError("it says not whether the library was built")
-        if not isinstance(facts.get("archs", []), list):
-            raise ValueError("its archs are no list")
+        archs = facts.get("archs", [])
+        if not isinstance(archs, list) or not all(isinstance(arch, str) for arch in archs):
+            raise ValueError("its archs are not names")
     except FileNotFoundError:
         return {"built": False, "reason": f"this installation was made without the native library: {remedy}"}
     except (OSError, ValueError) as error:
@@ -91,8 +95,10 @@ def simulation_fault() -> str | None:
     """Why the simulation that lies here is not to be imported, or None. What was not noted when it was built is not known."""
     try:
         facts = json.loads((FOLDER / SIMULATION_FACTS).read_text())
-        (path,) = FOLDER.glob("_host_sim.*.so")
     except (OSError, ValueError):
+        return None
+    path = FOLDER / SIMULATION
+    if not isinstance(facts, dict) or facts.get("file") != path.name or not path.is_file():
         return None
     return _fault_of(path, facts, SIMULATION_SOURCES, f"{_REMEDY_IN_CHECKOUT} anew")
 
@@ -101,9 +107,14 @@ def _fault_of(path: Path, facts: Mapping[str, Any], names: Sequence[str], remedy
     """Why what was built is not to be loaded: a damaged file can end the process."""
     if not path.is_file():
         return f"{path} is missing: {remedy}"
-    if (size := path.stat().st_size) != facts.get("bytes", size):
-        return f"{path} is damaged, it has {size} bytes of {facts['bytes']}: {remedy}"
-    if in_checkout() and source_hash(SOURCES, names) != facts.get("source"):
+    size, built = path.stat().st_size, facts.get("bytes")
+    if isinstance(built, int) and size != built:
+        return f"{path} is damaged, it has {size} bytes of {built}: {remedy}"
+    try:
+        changed = in_checkout() and source_hash(SOURCES, names) != facts.get("source")
+    except OSError:  # of a checkout that is not whole
+        changed = True
+    if changed:
         return f"csrc/ has changed since {path.name} was built: `make native` builds it anew"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -128,7 +129,7 @@ def _module() -> Any:
 
 @cache
 def _probe() -> str | None:
-    if (fault := native.simulation_fault()) is not None:
+    if MODULE not in sys.modules and (fault := native.simulation_fault()) is not None:
         return fault
     try:
         _module()
