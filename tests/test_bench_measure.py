@@ -251,7 +251,7 @@ def test_networks_and_modules_run_through_the_gate(case: Case) -> None:
     assert told[-1] == pytest.approx(1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 @pytest.mark.parametrize(("variant", "dtype"), [("torchvision", "fp32"), ("bvlc", "bf16")])
 def test_training_steps_run_through_the_gate(variant: str, dtype: str) -> None:
     case = Case(variant, batch=2, dtype=dtype, mode="training", side=64)
@@ -295,6 +295,7 @@ def test_a_wrong_gradient_is_found(training: Workload) -> None:
     assert without.reason == "the step left no gradient for 0.weight"
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("variant", "names"),
     [

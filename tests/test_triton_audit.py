@@ -128,7 +128,7 @@ print(json.dumps(texts))
         assert set(found) == {"i64"}, kernel
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 @pytest.mark.parametrize("dtype", ["bf16", "tf32", "fp32"])
 def test_compiling_again_says_the_same(dtype: str) -> None:
     """All kernels in all configurations, one module, all architectures. fp16 has three modules: its record must do."""
