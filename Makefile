@@ -29,7 +29,7 @@ native: .venv/.installed ## build in place what the compilers here can: the CUDA
 	@$(BIN)/python csrc/build.py cuda --if-possible
 	@$(BIN)/python csrc/build.py sim --if-possible
 
-test: native ## all tests, slow ones last (PYTEST_FLAGS="-k name" runs some, in one process)
+test: native ## the tests but those that take minutes each, which --extra adds (PYTEST_FLAGS="-k name" runs some, in one process)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: .venv/.installed ## ruff, mypy, the import direction, and the tables generated from the benchmarks

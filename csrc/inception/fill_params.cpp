@@ -52,7 +52,8 @@ void check_out(const Problem &problem, const Pointers &pointers) {
     if (stride < spanned) {
       const auto number = [&](int i) { return std::to_string(pointers.out_strides[i]); };
       throw std::invalid_argument("out has strides of " + number(0) + ", " + number(1) + ", " + number(2) + " and " + number(3) +
-                                  " elements, by which its elements overlap or interleave; each axis is to step over all of those of smaller strides");
+                                  " elements, by which its elements overlap or interleave; each axis is to step over all of those "
+                                  "of smaller strides");
     }
     spanned += (size - 1) * stride;
   }

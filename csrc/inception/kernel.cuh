@@ -194,7 +194,8 @@ template <int kRows> DEVICE Lane lane_of(const Pass &pass) {
   return {warp % pass.warp_rows * kRows * kFragmentRows, warp / pass.warp_rows * kWarpColumns, thread_index() % 32};
 }
 
-// Row ``row`` of ``count``, or in place of one past the last a row in the same banks, so that it meets no other's.
+// Row ``row`` of ``count``, or in place of one past the last a row in the same banks, which unit_in_stage repeats every eight rows, so
+// that it meets no other's.
 DEVICE int row_or_alias(int row, int count) {
   if (row < count) return row;
   row %= 8;
