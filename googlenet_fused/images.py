@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from googlenet_fused.models import IMAGENET_MEAN, IMAGENET_STD
+from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError

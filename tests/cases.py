@@ -178,9 +178,9 @@ def tiny_state(**kwargs: Any) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: Any, path: Path, **kwargs: Any) -> Path:
-    """As safetensors or by ``torch.save``, as the suffix of ``path`` says."""
+    """As safetensors or by ``torch.save``, as the suffix of ``path`` says; ``kwargs`` are for the function that saves."""
     if path.suffix == ".safetensors":
-        pytest.importorskip("safetensors.torch").save_file(tensors, path)
+        pytest.importorskip("safetensors.torch").save_file(tensors, path, **kwargs)
     else:
         torch.save(tensors, path, **kwargs)
     return path

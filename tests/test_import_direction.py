@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "googlenet_fused"
 
 LAYERS = (
-    ("spec", "arithmetic", "user_files", "messages"),
+    ("spec", "arithmetic", "preparation", "user_files", "messages", "whole_files"),
     ("blocks",),
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),

@@ -1,8 +1,6 @@
 """The plain GoogLeNet, in the paper's and in torchvision's variant: readable PyTorch, never fused by itself."""
 
 from googlenet_fused.models.googlenet import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     VARIANTS,
     GoogLeNet,
     GoogLeNetOutputs,
@@ -13,8 +11,6 @@ from googlenet_fused.models.googlenet import (
 )
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "VARIANTS",
     "GoogLeNet",
     "GoogLeNetOutputs",

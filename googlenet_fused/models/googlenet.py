@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm, conv_block_for
+from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD
 from googlenet_fused.spec import GOOGLENET_SPECS
 from googlenet_fused.weights import GoogLeNet_Weights, Weights, load_weights
 from googlenet_fused.weights.load import resolve
 
 VariantName = Literal["torchvision", "bvlc"]
 AuxPool = Literal["adaptive", "5x5/3"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Per channel (red, green, blue), for pixels in [0, 1]: torchvision's usual preprocessing."""
 
 STEM_WIDTH = 64
 """Output width of conv1 and of the 1x1 reduction before conv2's 3x3 (the paper, Table 1)."""

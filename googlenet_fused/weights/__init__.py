@@ -1,5 +1,6 @@
 """Weights of GoogLeNet: published ones by name, local files, and loading that either succeeds or leaves the model as it was."""
 
+from googlenet_fused.weights.description import Description, read_description, save_described
 from googlenet_fused.weights.download import fetch, published_as
 from googlenet_fused.weights.errors import WeightsError
 from googlenet_fused.weights.files import read_state_dict
@@ -7,6 +8,7 @@ from googlenet_fused.weights.load import LoadedWeights, load_weights
 from googlenet_fused.weights.published import GoogLeNet_Weights, Weights
 
 __all__ = [
+    "Description",
     "GoogLeNet_Weights",
     "LoadedWeights",
     "Weights",
@@ -14,5 +16,7 @@ __all__ = [
     "fetch",
     "load_weights",
     "published_as",
+    "read_description",
     "read_state_dict",
+    "save_described",
 ]
