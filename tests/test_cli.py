@@ -501,7 +501,7 @@ def test_an_interrupt_is_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupted)
+    monkeypatch.setattr(cli.doctor, "run", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "googlenet-fused: interrupted\n"
 
@@ -519,7 +519,7 @@ def test_a_defect_of_the_package_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
     def defective(_: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_doctor", defective)
+    monkeypatch.setattr(cli.doctor, "run", defective)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 

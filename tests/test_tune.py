@@ -20,7 +20,6 @@ import torch
 from cases import TINY
 from torch import Tensor
 
-from googlenet_fused import cli
 from googlenet_fused import tune as tuning
 from googlenet_fused.backends import registry
 from googlenet_fused.backends.triton import backend, plan_table, plans
@@ -37,6 +36,7 @@ from googlenet_fused.backends.triton.plans import (
 from googlenet_fused.bench import DeviceBroken, Schedule, numerics
 from googlenet_fused.bench.meters import CpuMeter
 from googlenet_fused.cli import main
+from googlenet_fused.cli import tune as command
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
 from googlenet_fused.tune import Outcome, Problem, _Module, _Search, entries_as_text, outcomes_as_text, tune
 
@@ -943,7 +943,7 @@ def test_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert main(["tune"]) == 0
     assert main(["tune", "--modules", "3a", "all", "--batch", "128", "--dtype", "tf32", "bf16", "--seconds-each", "2.5"]) == 0
     capsys.readouterr()
-    assert cli.ARITHMETICS == plans.ARITHMETICS
+    assert command.ARITHMETICS == plans.ARITHMETICS
     (problems, seconds), (others, other_seconds) = asked
     modules = list(itertools.product(GOOGLENET_SPECS, (3, 5)))
     assert problems == [
@@ -959,14 +959,14 @@ def test_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 @interpreted
 def test_of_the_default_dtypes_those_are_tuned_that_run_here() -> None:
-    assert cli._tuned(CPU) == ["fp16", "tf32"]
+    assert command._tuned(CPU) == ["fp16", "tf32"]
 
 
 @interpreted
 @pytest.mark.parametrize(("arch", "fp32"), [("sm_80", "tf32"), ("gfx942", "tf32"), ("gfx90a", "fp32")])
 def test_fp32_is_tuned_as_models_run_it(arch: str, fp32: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "device_facts", lambda device: (arch, 100))
-    assert cli._tuned(CPU) == ["fp16", fp32]
+    assert command._tuned(CPU) == ["fp16", fp32]
     with numerics("tf32"):
         assert arithmetic_of(torch.float32, arch) == fp32
 
