@@ -27,6 +27,7 @@ from benchmarks.roofline import Ceilings, measure_ceilings
 from googlenet_fused import bench
 from googlenet_fused.backends import registry
 from googlenet_fused.bench import Case, Provider, Row, Schedule
+from googlenet_fused.progress import progress_display
 from googlenet_fused.spec import GOOGLENET_SPECS
 
 BUSY_LOAD = 0.5
@@ -80,7 +81,7 @@ def run(plan: Plan, result: dict[str, Any], path: Path) -> tuple[list[Row], int]
     start, broken = time.monotonic(), 0
     rows: list[Row] = []
     absent: set[str] = set()
-    with bench.progress_display("measuring") as show:
+    with progress_display("measuring") as show:
         show("ceilings", 0.0)
         results.add_ceilings(result, measured_ceilings(plan))
         ceilings = Ceilings.from_json(result["ceilings"])

@@ -24,10 +24,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from googlenet_fused import FusionMismatch, FusionReport, fuse, googlenet
-from googlenet_fused.bench import Timing, interleaved, machine_description, progress_bar
+from googlenet_fused.bench import Timing, interleaved, machine_description
 from googlenet_fused.charts import Bar, ChartError, PhotographResult, demo_chart
 from googlenet_fused.images import ImageError, load_image, preprocess, sample_photographs
 from googlenet_fused.models import VariantName
+from googlenet_fused.progress import progress_bar
 from googlenet_fused.randomize import calibrate_batch_norm, randomize_
 from googlenet_fused.tolerance import judge
 from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -51,17 +52,26 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ImageError(f"{path}: there is no such file")
     if not path.is_file():
         raise ImageError(f"{path} is not a file")
+    return decode_image(path, str(path))
+
+
+def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
+    """As ``load_image``, from an open file too; ``name`` is what its errors call it.
+
+    Raises:
+        ImageError: as ``load_image`` raises it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 return _to_rgb(ImageOps.exif_transpose(image), image.format)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not an image in one of the formats {', '.join(FORMATS)}") from error
+        raise ImageError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} is too large to be decoded: {error}") from error
+        raise ImageError(f"{name} is too large to be decoded: {error}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on damaged files
-        raise ImageError(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from error
+        raise ImageError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], recursive: bool = True) -> list[Path]:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "googlenet_fused"
 
 LAYERS = (
-    ("spec", "arithmetic", "preparation", "user_files", "messages", "whole_files"),
+    ("spec", "arithmetic", "preparation", "user_files", "messages", "progress", "whole_files"),
     ("blocks",),
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),
@@ -22,6 +22,7 @@ LAYERS = (
     ("models", "convert"),
     ("__init__",),
     ("images", "info", "charts"),
+    ("data",),
     ("bench",),
     ("demo", "tune"),
     ("cli",),

@@ -20,8 +20,8 @@ from benchmarks.audit.limits import LIMITS
 from benchmarks.audit.rows import NAME, ROOT, Row, name_of
 from benchmarks.audit.show import print_audit
 from benchmarks.audit.work import Task, outcomes
-from googlenet_fused import bench
 from googlenet_fused.info import usable_cpus
+from googlenet_fused.progress import progress_bar
 
 VARIANTS = "googlenet_fused.backends.triton.variants:variants"
 OUTPUT = results.FOLDER / "audit.json"
@@ -69,7 +69,7 @@ def selected(variants: Sequence[Variant], arguments: argparse.Namespace) -> list
 
 def audit(variants: Sequence[Variant], tasks: Sequence[Task], arguments: argparse.Namespace) -> record.Run:
     """Compiles and reads all."""
-    with bench.progress_bar(len(tasks), "compiling") as advance:
+    with progress_bar(len(tasks), "compiling") as advance:
         found = outcomes(arguments.variants, tasks, arguments.jobs, advance)
     rows: list[Row] = []
     findings: list[Row] = []

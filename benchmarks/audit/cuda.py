@@ -30,10 +30,10 @@ from benchmarks.audit.compile import AuditError, Binary, MissingTool
 from benchmarks.audit.limits import LIMITS
 from benchmarks.audit.rows import NAME, ROOT, Row, audit_of
 from benchmarks.audit.simulated import CASES, Case, case_of, conflicts, described, simulated, simulation, table
-from googlenet_fused import bench
 from googlenet_fused.backends.cuda.simulation import problem_of
 from googlenet_fused.backends.cuda.tiles import DTYPES
 from googlenet_fused.info import usable_cpus
+from googlenet_fused.progress import progress_bar
 from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
 
 KERNEL = "googlenet_fused_inception"
@@ -168,11 +168,11 @@ def audit(tasks: Sequence[tuple[Variant, str]], cases: Sequence[Case], jobs: int
     """Compiles and simulates all."""
     rows: list[Row] = []
     found: list[Row] = []
-    with bench.progress_bar(len(tasks), "compiling") as advance:
+    with progress_bar(len(tasks), "compiling") as advance:
         for row, texts in _each(audited, tasks, jobs, advance):
             rows.append(row)
             found += [{**{field: row[field] for field in NAME}, "finding": text} for text in texts]
-    with bench.progress_bar(len(cases), "simulating") as advance:
+    with progress_bar(len(cases), "simulating") as advance:
         counted = list(simulated(cases, advance))
     git = results.git_state(ROOT) or {"commit": None, "dirty": None}
     return {

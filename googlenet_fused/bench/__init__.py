@@ -30,7 +30,7 @@ from googlenet_fused.bench.provider import (
     package_providers,
     run_of,
 )
-from googlenet_fused.bench.show import latency_panels, print_results, progress_bar, progress_display
+from googlenet_fused.bench.show import latency_panels, print_results
 from googlenet_fused.bench.timing import Schedule, Timing, interleaved, take_turns, wall_clock
 from googlenet_fused.info import machine_description, usable_cpus
 from googlenet_fused.messages import first_line
@@ -68,8 +68,6 @@ __all__ = [
     "numerics",
     "package_providers",
     "print_results",
-    "progress_bar",
-    "progress_display",
     "run_of",
     "take_turns",
     "torch_threads",

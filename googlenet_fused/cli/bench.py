@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from googlenet_fused import bench
     from googlenet_fused.backends import registry
     from googlenet_fused.charts import ChartError, latency_chart
+    from googlenet_fused.progress import progress_display
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("argument --device: torch sees no CUDA device; see googlenet-fused doctor, or give --device cpu")
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise CommandError(f"argument --{error}") from error
         machine = bench.machine_description()
-        with bench.progress_display("measuring") as show:
+        with progress_display("measuring") as show:
             for at, case in enumerate(cases):
 
                 def progress(what: str, done: float, at: int = at, case: bench.Case = case) -> None:

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"argument --transform-input: belongs to --variant torchvision, not {arguments.variant}")
     import torch
 
-    from googlenet_fused.bench import progress_bar
     from googlenet_fused.images import ImageError, find_images, load_image, preprocess
+    from googlenet_fused.progress import progress_bar
 
     results: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []

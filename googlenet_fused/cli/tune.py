@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from googlenet_fused import bench
     from googlenet_fused.backends import BackendError
+    from googlenet_fused.progress import progress_display
     from googlenet_fused.tune import Outcome, Problem, outcomes_as_text, tune
 
     device = torch.device("cpu") if interpreting() else torch.device("cuda", torch.cuda.current_device())
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not kept:
         warn("with TRITON_INTERPRET=1 no plan is kept; --output FILE keeps them in a file that is not used")
     try:
-        with bench.progress_display("tuning") as show:
+        with progress_display("tuning") as show:
             tune(problems, device, seconds_each=arguments.seconds_each, progress=show, say=warn, done=keep)
     except BackendError as error:
         raise CommandError(str(error)) from error
