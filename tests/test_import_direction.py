@@ -23,7 +23,7 @@ LAYERS = (
     ("__init__",),
     ("images", "info", "charts"),
     ("data",),
-    ("bench",),
+    ("bench", "crops"),
     ("demo", "tune"),
     ("cli",),
     ("__main__",),
