@@ -87,8 +87,8 @@ def plan(width: int, height: int, protocol: Protocol, crop: int = CROP_SIDE, res
     resized = resized_size(width, height, resize)
     if protocol == "1":
         # Not the centre of the central square: where a side is odd the two can differ by a pixel, and this is torchvision's.
-        return (View(resize, "centre", Box(*(_centred(side, crop) for side in resized), crop, crop), False, False),)
-    square = Box(*(_centred(side, resize) for side in resized), resize, resize)
+        return (View(resize, "centre", Box(*_corner(resized, crop), crop, crop), False, False),)
+    square = Box(*_corner(resized, resize), resize, resize)
     return tuple(View(resize, "centre", box, False, mirrored) for box in _five(square, crop) for mirrored in (False, True))
 
 
@@ -136,6 +136,11 @@ def views(image: Image.Image, protocol: Protocol, crop: int = CROP_SIDE, resize:
             cut[key] = resize_to(part, crop, crop) if view.resized else part
         place.copy_(cut[key].flip(2) if view.mirrored else cut[key])
     return found
+
+
+def _corner(size: tuple[int, int], inner: int) -> tuple[int, int]:
+    """Where a square in the middle of an image begins, from the left and from the top."""
+    return _centred(size[0], inner), _centred(size[1], inner)
 
 
 def _centred(side: int, inner: int) -> int:

@@ -24,7 +24,7 @@ LAYERS = (
     ("images", "info", "charts"),
     ("data",),
     ("bench", "crops"),
-    ("demo", "tune"),
+    ("demo", "tune", "evaluation"),
     ("cli",),
     ("__main__",),
 )
