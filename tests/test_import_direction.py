@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "googlenet_fused"
 
 LAYERS = (
-    ("spec", "arithmetic", "preparation", "user_files", "messages", "progress", "whole_files"),
+    ("spec", "arithmetic", "preparation", "user_files", "messages", "progress", "whole_files", "distributed"),
     ("blocks",),
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),

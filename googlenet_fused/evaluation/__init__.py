@@ -3,7 +3,6 @@
 from googlenet_fused.evaluation.engine import Corrupt, Evaluation, Prediction, Score, evaluate
 from googlenet_fused.evaluation.errors import EvaluationError
 from googlenet_fused.evaluation.labels import Labels, match
-from googlenet_fused.evaluation.loading import LabelledImages
 from googlenet_fused.evaluation.members import DEFAULT, DTYPES, Member, check_agreement, load_member, read_weights_list
 from googlenet_fused.evaluation.predictions import check_predictions_path, write_predictions
 
@@ -13,7 +12,6 @@ __all__ = [
     "Corrupt",
     "Evaluation",
     "EvaluationError",
-    "LabelledImages",
     "Labels",
     "Member",
     "Prediction",

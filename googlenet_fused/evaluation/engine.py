@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from googlenet_fused.crops import PROTOCOLS
-from googlenet_fused.crops import Protocol as Crops
+from googlenet_fused.crops import PROTOCOLS, Protocol
+from googlenet_fused.data import LabelledImages
 from googlenet_fused.distributed import Processes
 from googlenet_fused.evaluation.errors import EvaluationError
 from googlenet_fused.evaluation.labels import Labels
-from googlenet_fused.evaluation.loading import Geometry, LabelledImages, Loaded, groups
+from googlenet_fused.evaluation.loading import Geometry, Loaded, groups
 from googlenet_fused.evaluation.members import Member
 
 VIEWS_A_CALL = {"cpu": 12, "cuda": 144}
@@ -97,7 +97,7 @@ class Evaluation:
         members: the score of each by itself.
     """
 
-    crops: Crops
+    crops: Protocol
     views_a_call: int
     predictions: Sequence[Prediction]
     corrupt: Sequence[Corrupt]
@@ -120,7 +120,7 @@ def evaluate(
     members: Sequence[Member],
     images: LabelledImages,
     labels: Labels,
-    crops: Crops = "1",
+    crops: Protocol = "1",
     *,
     processes: Processes | None = None,
     batch_size: int | None = None,

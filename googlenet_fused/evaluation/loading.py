@@ -5,37 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from googlenet_fused.crops import Protocol as Crops
-from googlenet_fused.crops import views
+from googlenet_fused.crops import Protocol, views
+from googlenet_fused.data import LabelledImages
 from googlenet_fused.images import ImageError
-
-
-class LabelledImages(Protocol):
-    """Images with a class each, by index from 0."""
-
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """A name of the image that is the same in every run."""
-
-    def label(self, index: int) -> int:
-        """Its class, an index into ``classes``."""
-
-    def load(self, index: int) -> Image:
-        """The image, as RGB.
-
-        Raises:
-            ImageError: it cannot be had.
-        """
 
 
 class Geometry(NamedTuple):
@@ -61,7 +39,7 @@ class Loaded:
 
 
 class _Views(Dataset[Loaded]):
-    def __init__(self, images: LabelledImages, crops: Crops, geometries: Sequence[Geometry]) -> None:
+    def __init__(self, images: LabelledImages, crops: Protocol, geometries: Sequence[Geometry]) -> None:
         self.images, self.crops, self.geometries = images, crops, tuple(geometries)
 
     def __getitem__(self, index: int) -> Loaded:
@@ -92,7 +70,7 @@ class _Batch(NamedTuple):
 
 def groups(
     images: LabelledImages,
-    crops: Crops,
+    crops: Protocol,
     geometries: Sequence[Geometry],
     shares: Sequence[range],
     *,

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from googlenet_fused.data import LabelledImages
 from googlenet_fused.evaluation.engine import TOP, Evaluation
 from googlenet_fused.evaluation.errors import EvaluationError
 from googlenet_fused.evaluation.labels import Labels
-from googlenet_fused.evaluation.loading import LabelledImages
 from googlenet_fused.whole_files import whole_file
 
 SUFFIXES = (".csv", ".parquet")
