@@ -46,12 +46,29 @@ class Processes:
         """Which of ``count`` pieces of work are this process's: every ``world``-th."""
         return range(self.rank, count, self.world)
 
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """The others enter the block once the first has left it, and find what it downloaded there."""
+        if not self.first:
+            self.gather_objects(None)
+        yield
+        if self.first:
+            self.gather_objects(None)
+
     def gather_objects(self, value: T) -> list[T]:
-        """Every process's value by rank, in every process. All of them must call it; the values are pickled."""
+        """Every process's value by rank, in every process. All of them must call it; the values are pickled.
+
+        Raises:
+            ProcessesError: another process has gone, or does not come.
+        """
         if self.world == 1:
             return [value]
         gathered: list[T | None] = [None] * self.world
-        distributed.all_gather_object(gathered, value)
+        try:
+            distributed.all_gather_object(gathered, value)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ProcessesError(f"process {self.rank} waits for another in vain, see that one's error: {reason}") from error
         return cast(list[T], gathered)
 
 
