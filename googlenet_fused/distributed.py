@@ -67,8 +67,7 @@ class Processes:
         try:
             distributed.all_gather_object(gathered, value)
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ProcessesError(f"process {self.rank} waits for another in vain, see that one's error: {reason}") from error
+            raise ProcessesError(f"process {self.rank} waits in vain for another, whose own error says why") from error
         return cast(list[T], gathered)
 
 

@@ -97,6 +97,24 @@ def test_others_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_another_process_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", closed)
+    with pytest.raises(ProcessesError, match="process 1 waits in vain for another, whose own error says why"):
+        Processes(1, 2).gather_objects(None)
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["block", "gather"]), (1, ["gather", "block"])])
+def test_the_first_goes_ahead(rank: int, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda *_: done.append("gather"))
+    with Processes(rank, 2).first_ahead():
+        done.append("block")
+    assert done == order
+
+
 PROGRAM = """
 import sys
 import torch
@@ -124,6 +142,7 @@ assert not torch.distributed.is_initialized()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for module in ("PIL", "torchvision", "skimage"):
         pytest.importorskip(module)

@@ -128,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("argument MODEL: name at least one file of weights, or default, or give --weights-list")
     if arguments.transform_input and arguments.variant not in (None, "torchvision"):
         raise UsageError(f"argument --transform-input: belongs to --variant torchvision, not {arguments.variant}")
+    import torch
+
     from googlenet_fused.data import DataError, open_images
     from googlenet_fused.distributed import ProcessesError, processes
     from googlenet_fused.evaluation import EvaluationError, check_predictions_path, match
@@ -148,6 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
                 _report(arguments, own, members, images, labels, evaluations)
     except (DataError, EvaluationError, ProcessesError) as error:
         raise CommandError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise CommandError("the device's memory does not suffice: give fewer --views-per-call") from error
     return 0
 
 

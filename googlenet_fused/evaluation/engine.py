@@ -3,8 +3,8 @@
 The softmax is averaged over an image's views and then over the networks, in fp64. In the last bits a convolution's result
 depends on how many images it is given at once, so a network is always given the same number of views, and each image has its
 place among them by its index: what is computed of an image does not depend on the size of the batches in which images are
-read, on workers, or on the number of processes. It costs the rows left empty in a last call, and those of images that cannot be
-had.
+read, on workers, or on the number of processes, as long as these have equal devices and numbers of threads. It costs the rows
+left empty in a last call, and those of images that cannot be had.
 """
 
 from __future__ import annotations

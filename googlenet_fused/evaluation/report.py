@@ -146,7 +146,7 @@ def error_chart(lines: Sequence[Row], path: Path, title: str) -> Path:
             axes.plot([at] * len(errors), errors, "o", color="#333333", markersize=3, linestyle="none")
     axes.set_xticks(range(len(shown)), labels=[f"{line.crops} crop{'s' if line.crops > 1 else ''}" for line in shown])
     axes.set_ylabel(f"error, %: {LOWER}", fontsize=9)
-    axes.set_ylim(0, max(5.0, 1.15 * max(line.score.top1_error for line in lines)))
+    axes.set_ylim(0, max(5.0, 1.3 * max(line.score.top1_error for line in lines)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=9, loc="upper right")
     dots = f"{most} networks together; dots: each by itself" if most > 1 else "one network"
