@@ -21,9 +21,11 @@ pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
 pytest.importorskip("safetensors")
 
-from googlenet_fused import cli, googlenet
+from googlenet_fused import cli, crops, evaluation, googlenet
+from googlenet_fused.cli import evaluate as command
 from googlenet_fused.cli import main
 from googlenet_fused.crops import views
+from googlenet_fused.evaluation import engine
 from googlenet_fused.images import load_image, sample_photographs
 from googlenet_fused.preparation import PREPARATIONS
 from googlenet_fused.randomize import calibrate_batch_norm, randomize_
@@ -51,7 +53,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
     """Two networks fitted to 1 and 10 crops of the data, the second with its classes in another order, and as a plain file."""
     folder = tmp_path_factory.mktemp("weights")
     pictures = [load_image(path) for path in sorted(data.glob("*/*.png"))]
-    images = [views(picture, crops, CROP, RESIZE) for picture in pictures for crops in ("1", "10")]
+    images = [views(picture, protocol, CROP, RESIZE) for picture in pictures for protocol in ("1", "10")]
     x = PREPARATIONS["torchvision"](torch.cat(images))
     found = []
     for seed in (1, 2):
@@ -132,9 +134,9 @@ def test_several_networks_are_an_ensemble(
     assert found["models"][0]["preparation"] == str(PREPARATIONS["torchvision"])
     with open(predictions, newline="") as file:
         table = list(csv.DictReader(file))
-    for crops in ("1", "144"):
-        ranks = [int(row["rank"]) for row in table if row["crops"] == crops]
-        row = next(row for row in rows if (row["name"], row["crops"]) == ("ensemble", int(crops)))
+    for protocol in ("1", "144"):
+        ranks = [int(row["rank"]) for row in table if row["crops"] == protocol]
+        row = next(row for row in rows if (row["name"], row["crops"]) == ("ensemble", int(protocol)))
         assert (row["images"], row["top1_correct"], row["top5_correct"]) == (4, ranks.count(1), sum(r <= 5 for r in ranks))
     assert {row["top1_name"] for row in table if row["image"].startswith("rocket")} == {"coffee"}
     assert found["files"] == [str(predictions), str(output / "evaluation.json"), str(output / "evaluation.png")]
@@ -160,10 +162,10 @@ def test_results_are_the_same_however_the_work_is_divided(data: Path, weights: l
     ]
     for at, options in enumerate((["--batch-size", "1"], ["--batch-size", "3"], ["--batch-size", "8", "--workers", "2"])):
         assert main(["evaluate", *arguments, str(tmp_path / f"{at}.csv"), *options]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "googlenet_fused"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "googlenet_fused"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        [*command, "evaluate", *arguments, str(tmp_path / "3.csv"), "--workers", "1"],
+        [*torchrun, "evaluate", *arguments, str(tmp_path / "3.csv"), "--workers", "1"],
         env=environment,
         capture_output=True,
         text=True,
@@ -249,7 +251,42 @@ def test_the_published_weights_without_a_network(
     assert (code, said.out) == (1, "")
     assert "no network" in said.err
     assert "Traceback" not in said.err
-    assert any(command.__name__.endswith("evaluate") for command in cli.COMMANDS)
+    assert command in cli.COMMANDS
+
+
+def test_progress_is_said_where_no_bar_is_shown(
+    data: Path, weights: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "SAID_EVERY", 0.0)
+    assert main(["evaluate", str(weights[0]), "--data", str(data), "--views-per-call", "5", "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if "img/s" in line]
+    assert [line.split(" images, ")[0] for line in lines] == [f"googlenet-fused: 1 crop: {done}/8" for done in (5, 8)]
+    assert lines[1].endswith(", 0:00:00 left")
+    assert said.out.splitlines()[-1] == f"wrote {tmp_path}/evaluation.json and {tmp_path}/evaluation.png"
+
+
+def test_memory_that_does_not_suffice(
+    data: Path, weights: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(evaluation, "evaluate", full)
+    assert error(capsys, weights[0], "--data", data) == (
+        1,
+        "the device's memory does not suffice: give fewer --views-per-call",
+    )
+
+
+def test_the_command_and_the_package_have_one_mind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert crops.PROTOCOLS == command.CROPS
+    assert tuple(evaluation.DTYPES) == command.DTYPES
+    assert main(["evaluate", "--help"]) == 0
+    views_a_call = engine.VIEWS_A_CALL
+    assert f"default: {views_a_call['cuda']} on a GPU, {views_a_call['cpu']} on a CPU" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_classes_by_order(data: Path, weights: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
