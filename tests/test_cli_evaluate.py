@@ -195,7 +195,7 @@ def test_images_that_cannot_be_read(
     assert [Path(each["image"]).name for each in found["corrupt"]] == ["damaged.png"] * 2
     assert found["rows"][0]["images"] == 8
     assert output.err.count("warning: left out: ") == 2
-    assert "warning: 2 images of 10 could not be read and left out of all figures" in output.err
+    assert "warning: 2 images of 10 could not be read and left out of the figures" in output.err
 
 
 def test_what_cannot_be_evaluated(data: Path, weights: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,6 +261,13 @@ def _report(
         "machine": machine_description(),
         **document(members, evaluations),
     }
+    if not arguments.json:  # before anything is written, which may fail
+        print_table(lines, f"{arguments.data}: {counted}", Console(highlight=False), paper=arguments.paper)
+    for each in results["corrupt"][:NAMED]:
+        reason = each["reason"]
+        say(f"warning: left out: {'' if each['image'] in reason else each['image'] + ': '}{reason}")
+    if left_out := len(results["corrupt"]):
+        say(f"warning: {_counted(left_out, 'image')} of {len(images)} could not be read and left out of the figures")
     written = []
     if arguments.predictions:
         written.append(write_predictions(arguments.predictions, evaluations, images, labels))
@@ -275,15 +282,8 @@ def _report(
             say(f"warning: no chart: {error}")
     if arguments.json:
         print(json.dumps({**results, "files": [str(path) for path in written]}, indent=2))
-    else:
-        print_table(lines, f"{arguments.data}: {counted}", Console(highlight=False), paper=arguments.paper)
-        if written:
-            print(f"wrote {' and '.join(map(str, written))}")
-    corrupt = evaluations[0].corrupt
-    for each in corrupt[:NAMED]:
-        say(f"warning: left out: {each.reason if each.name in each.reason else f'{each.name}: {each.reason}'}")
-    if corrupt:
-        say(f"warning: {_counted(len(corrupt), 'image')} of {len(images)} could not be read and left out of all figures")
+    elif written:
+        print(f"wrote {' and '.join(map(str, written))}")
 
 
 def _counted(count: int, what: str) -> str:

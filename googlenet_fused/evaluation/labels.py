@@ -16,9 +16,11 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Labels:
-    """Attributes:
-    index: by class of the data, the class of the classifier.
-    names: by class of the classifier.
+    """The data's classes among the classifier's.
+
+    Attributes:
+        index: by class of the data, the class of the classifier.
+        names: by class of the classifier.
     """
 
     index: tuple[int, ...]
