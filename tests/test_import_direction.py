@@ -24,7 +24,7 @@ LAYERS = (
     ("images", "info", "charts"),
     ("data",),
     ("bench", "crops"),
-    ("demo", "tune", "evaluation"),
+    ("demo", "tune", "evaluation", "training"),
     ("cli",),
     ("__main__",),
 )

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from googlenet_fused import __version__
-from googlenet_fused.cli import bench, classify, demo, doctor, evaluate, tune
+from googlenet_fused.cli import bench, classify, demo, doctor, evaluate, train, tune
 from googlenet_fused.cli.common import PROG, CommandError, UsageError, failed, say
 
 __all__ = ["main"]
 
-COMMANDS = (doctor, demo, classify, evaluate, bench, tune)
+COMMANDS = (doctor, demo, classify, train, evaluate, bench, tune)
 """In the order in which the help lists them."""
 
 OPTIONAL = frozenset({"matplotlib", "PIL", "rich"})

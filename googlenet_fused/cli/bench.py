@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from googlenet_fused import GOOGLENET_SPECS
 from googlenet_fused.cli.common import (
+    DTYPES,
     VARIANTS,
     CommandError,
     Commands,
@@ -18,8 +19,6 @@ from googlenet_fused.cli.common import (
     positive_argument,
     say,
 )
-
-DTYPES = ("fp32", "bf16", "fp16")
 
 
 def add(commands: Commands) -> None:

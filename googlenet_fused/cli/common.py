@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 PROG = "googlenet-fused"
 VARIANTS = ("torchvision", "bvlc")
+DTYPES = ("fp32", "bf16", "fp16")
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a command's ``add`` adds its parser to."""
@@ -70,13 +71,27 @@ def positive_argument(text: str) -> int:
     return number
 
 
+def number_argument(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+def rate_argument(text: str) -> float:
+    return _positive_float(text, "number")
+
+
 def seconds_argument(text: str) -> float:
+    return _positive_float(text, "number of seconds")
+
+
+def _positive_float(text: str, what: str) -> float:
     try:
         number = float(text)
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive {what}, got {text!r}")
     return number
 
 
