@@ -35,12 +35,10 @@ def settings(of: Recipe | None = None, **changes: Any) -> Settings:
     return Settings(of or recipe(), **{"image_size": SIZE, "workers": 0, **changes})
 
 
-def start(folder: Path, images: Path, of: Settings | None = None, **options: Any) -> Run:
+def start(folder: Path, images: Path, of: Settings | None = None, validation: Path | None = None, **options: Any) -> Run:
     folder.mkdir(exist_ok=True)
-    validation = options.pop("validation", None)
-    return Run(
-        of or settings(), FolderImages(images), None if validation is None else FolderImages(validation), folder, **options
-    )
+    other = None if validation is None else FolderImages(validation)
+    return Run(of or settings(), FolderImages(images), other, folder, **options)
 
 
 def state_of(run: Run) -> dict[str, Any]:

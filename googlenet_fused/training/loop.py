@@ -270,11 +270,8 @@ class Run:
     def _next(self, loader: Iterator[Any]) -> Any:
         try:
             return next(loader)
-        except RuntimeError as error:  # a worker's error comes as one of its own class, and its traceback as text
-            if isinstance(error, DataError) and "images in a row" in str(error):
-                line = next(line for line in str(error).splitlines() if "images in a row" in line)
-                raise TrainingError(line.partition("DataError: ")[2] or line) from error
-            raise
+        except DataError as error:  # a worker's comes with its traceback as text, whose last line is the message
+            raise TrainingError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from error
 
     def _input(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.processes.device, non_blocking=True)

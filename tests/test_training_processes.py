@@ -1,0 +1,192 @@
+"""Runs as users start them: killed and resumed, on two processes, and from the command line to an evaluated network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same
+
+pytest.importorskip("torchvision")
+pytest.importorskip("PIL")
+pytest.importorskip("safetensors")
+pytest.importorskip("rich")
+
+from training_cases import image_folder
+
+from googlenet_fused.cli import main
+from googlenet_fused.weights import read_state_dict
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--image-size", "32", "--batch-size", "4", "--lr", "0.01", "--workers", "0")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "googlenet_fused", "train", *SMALL, *map(str, arguments)]
+
+
+def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def numbers_of(folder: Path) -> dict[str, Any]:
+    """The whole checkpoint but for what depends on the clock."""
+    found: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for epoch in found["history"]:
+        del epoch["seconds"], epoch["images_per_second"]
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch: the checkpoint, all of it, and the weights come out bit for bit the same."""
+    images = image_folder(tmp_path / "images", each=12)
+    of = ("--data", images, "--epochs", 3, "--checkpoint-steps", 2)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run = finish(command(*of, "--output", whole))
+    assert run.returncode == 0, run.stderr
+
+    process = subprocess.Popen(command(*of, "--output", killed), env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < numbers_of(killed)["step"] < 27
+    assert not (killed / "model.safetensors").exists()
+
+    run = finish(command(*of, "--output", killed))
+    assert run.returncode == 1
+    assert "--resume" in run.stderr
+    run = finish(command(*of, "--output", killed, "--resume"))
+    assert run.returncode == 0, run.stderr
+    assert "resumed at step" in run.stderr
+    assert json.dumps(numbers_of(killed)["history"]) == json.dumps(numbers_of(whole)["history"])
+    one, other = numbers_of(killed), numbers_of(whole)
+    for part in ("model", "averaged", "optimiser"):
+        assert_same(one[part], other[part], label=part)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_the_doubled_batch(tmp_path: Path) -> None:
+    """Of the paper's network without dropout; batch norm and dropout differ by process."""
+    images = image_folder(tmp_path / "images", each=6)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from pathlib import Path\n"
+        "from training_cases import recipe, settings, start\n"
+        "from googlenet_fused.distributed import processes\n"
+        "with processes('cpu') as these:\n"
+        "    of = settings(recipe('bvlc', dropout=0.0, batch_size=6, epochs=2), variant='bvlc')\n"
+        "    run = start(Path(sys.argv[2]), Path(sys.argv[1]), of, Path(sys.argv[1]), processes=these)\n"
+        "    run.run()\n"
+        "    assert run.processes.world == int(sys.argv[3])\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for count, start in ((1, [sys.executable]), (2, launch)):
+        run = finish([*start, str(script), str(images), str(tmp_path / str(count)), str(count)])
+        assert run.returncode == 0, run.stderr
+    one, two = (numbers_of(tmp_path / name) for name in "12")
+    assert one["step"] == two["step"] == 6
+    initial = read_state_dict(tmp_path / "1" / "model.safetensors")
+    assert initial.keys() == one["model"].keys()
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_from_a_folder_to_an_evaluated_model_with_three_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, held_out = image_folder(tmp_path / "train"), image_folder(tmp_path / "held-out", each=2, seed=1)
+    output = tmp_path / "run"
+    assert main(["train", *SMALL, "--data", str(train), "--val", str(held_out), "--epochs", "1", "--output", str(output)]) == 0
+    weights = output / "model.safetensors"
+    out, err = capsys.readouterr()
+    assert str(weights) in out
+    assert "epoch 1/1: train loss" in err
+    assert main(["evaluate", str(weights), "--data", str(held_out), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["images"] == 6
+    assert main(["classify", str(held_out / "ant" / "0.png"), "--weights", str(weights), "--json"]) == 0
+    classified = json.loads(capsys.readouterr().out)
+    assert {place["label"] for place in classified["images"][0]["top"]} == {"ant", "bee", "cat"}
+
+
+@pytest.mark.slow
+def test_several_models_share_their_initial_weights_and_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, output = image_folder(tmp_path / "images", each=2), tmp_path / "runs"
+    of = ["train", *SMALL, "--data", str(images), "--epochs", "1", "--backend", "none"]
+    assert main([*of, "--models", "2", "--output", str(output)]) == 0
+    listed = output / "weights.txt"
+    assert listed.read_text() == "model-1/model.safetensors\nmodel-2/model.safetensors\n"
+    assert f"--weights-list {listed}" in capsys.readouterr().out
+    one, two = (numbers_of(output / name) for name in ("model-1", "model-2"))
+    assert (one["settings"]["seed"], two["settings"]["seed"]) == ("0", "1")
+    assert one["settings"]["initial_seed"] == two["settings"]["initial_seed"]
+    assert not one["model"]["fc.weight"].equal(two["model"]["fc.weight"])
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "list.txt").write_text("# two networks\na/model.safetensors\nb/model.safetensors\n")
+    assert main([*of, "--weights-list", str(other / "list.txt")]) == 0
+    assert numbers_of(other / "b")["model"]["fc.weight"].equal(two["model"]["fc.weight"])
+    capsys.readouterr()
+    assert main(["evaluate", "--weights-list", str(listed), "--data", str(images), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["models"]) == 2
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What one run of the command that fails says; its exit code must not be 0."""
+    assert main(["train", *SMALL, *arguments]) != 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    return line
+
+
+def test_bad_input_is_named_before_anything_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, output = image_folder(tmp_path / "images", each=1), tmp_path / "run"
+    data = ("--data", str(images), "--output", str(output))
+    for arguments, says in (
+        ((), "--data"),
+        (("--data", str(tmp_path / "missing")), "no such folder"),
+        (("--data", str(images / "ant")), "no class folders"),
+        ((*data, "--val", str(tmp_path / "missing")), "no such folder"),
+        ((*data, "--lr", "0"), "argument --lr: must be a positive number, got '0'"),
+        ((*data, "--workers", "-1"), "argument --workers"),
+        ((*data, "--variant", "v3"), "argument --variant"),
+        ((*data, "--recipe", "best"), "argument --recipe"),
+        ((*data, "--backend", "fast"), "argument --backend"),
+        ((*data, "--resume"), "there is no run in"),
+        ((*data, "--batch-size", "99"), "batch_size must be at most 3"),
+        ((*data, "--batch-size", "3", "--accumulate", "2"), "batch_size must be a multiple of 2"),
+        (("--data", str(images), "--weights-list", str(tmp_path / "missing.txt")), "argument --weights-list"),
+        ((*data, "--models", "2", "--weights-list", "x"), "not allowed with"),
+    ):
+        assert says in failure(capsys, *arguments)
+    (tmp_path / "file").write_text("")
+    assert "argument --output" in failure(capsys, "--data", str(images), "--output", str(tmp_path / "file" / "run"))
+    assert not (output / "checkpoint.pt").exists()
+
+
+def test_the_commands_choices_are_the_packages() -> None:
+    from googlenet_fused.cli import train
+    from googlenet_fused.training import RECIPES
+    from googlenet_fused.training.augmentation import AUGMENTATIONS
+
+    assert set(train.RECIPES) == set(RECIPES)
+    assert set(train.AUGMENTATIONS) == set(AUGMENTATIONS)
