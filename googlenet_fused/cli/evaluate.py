@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from googlenet_fused.cli.common import (
+    DTYPES,
     VARIANTS,
     CommandError,
     Commands,
     UsageError,
     add_transform_input,
     check_backend,
+    number_argument,
     output_folder,
     path_argument,
     positive_argument,
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from googlenet_fused.progress import Show
 
 CROPS = ("1", "10", "144")
-DTYPES = ("fp32", "bf16", "fp16")
 SAID_EVERY = 30.0
 """Seconds between lines on the progress where no bar is shown."""
 NAMED = 10
@@ -90,7 +91,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--workers",
-        type=_count,
+        type=number_argument,
         metavar="N",
         help="processes that read images, for each process that evaluates (default: 4 with a GPU, else 0: none of their own)",
     )
@@ -112,7 +113,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--max-corrupt",
-        type=_count,
+        type=number_argument,
         default=0,
         metavar="N",
         help="leave out up to so many images that cannot be read; more are an error (default: %(default)s)",
@@ -153,12 +154,6 @@ def run(arguments: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         raise CommandError("the device's memory does not suffice: give fewer --views-per-call") from error
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
-    return int(text)
 
 
 def _members(arguments: argparse.Namespace, own: Processes) -> list[Member]:
