@@ -217,7 +217,7 @@ def _listed(path: Path) -> list[Path]:
     from googlenet_fused.training.loop import WEIGHTS
 
     try:
-        files = read_weights_list(path)
+        files = read_weights_list(path, existing=False)
     except EvaluationError as error:
         raise CommandError(f"argument --weights-list: {error}") from error
     for file in files:

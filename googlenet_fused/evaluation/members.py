@@ -162,8 +162,10 @@ def _find(source: str | os.PathLike[str], variant: str | None, transform_input: 
     return path, said
 
 
-def read_weights_list(path: str | os.PathLike[str]) -> list[Path]:
+def read_weights_list(path: str | os.PathLike[str], *, existing: bool = True) -> list[Path]:
     """The files that a list names, one a line; relative ones are sought beside the list. ``#`` begins a comment.
+
+    ``existing`` says whether they must be there already, which those to be trained are not.
 
     Raises:
         EvaluationError: the list cannot be read, is no text or too long, names nothing, or names a file that is not there.
@@ -183,7 +185,7 @@ def read_weights_list(path: str | os.PathLike[str]) -> list[Path]:
     for number, line in enumerate(lines, 1):
         if name := line.partition("#")[0].strip():
             file_ = path.parent / Path(name).expanduser()
-            if not file_.is_file():
+            if existing and not file_.is_file():
                 raise EvaluationError(f"{path}, line {number}: there is no file {file_}")
             found.append(file_)
     if not found:
