@@ -98,9 +98,11 @@ def _sides(form: Variant, side: int) -> _Sides:
         raise ValueError(f"roofline: side must be at least {form.min_side} for this network, got {side}; the usual is 224")
 
     def pooled(length: int, kernel: int = 3) -> int:
+        if form.same_padding:
+            return -(-length // 2)
         return -(-(length - kernel) // 2) + 1  # stride 2 and ceil mode
 
-    conv1 = (side - 1) // 2 + 1  # 7x7, stride 2, padding 3
+    conv1 = (side - 1) // 2 + 1  # 7x7, stride 2, padding 3 or what comes to as many outputs
     pool1 = pooled(conv1)
     pool2 = pooled(pool1)
     pool3 = pooled(pool2)

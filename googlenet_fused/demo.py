@@ -144,6 +144,8 @@ def _assumed_input(variant: VariantName, transform_input: bool) -> str:
     """What input weights that are not the published file are taken to expect: a wrong assumption would go unseen."""
     if variant == "bvlc":
         return "RGB input with ImageNet's mean and deviation, while Caffe's weights expect BGR, 0 to 255, less its own mean"
+    if variant == "slim":
+        return "RGB input with ImageNet's mean and deviation, while TF-slim's weights expect RGB in [-1, 1]"
     if transform_input:
         return "input mapped to [-1, 1], as for the published weights (--transform-input)"
     return "input with ImageNet's mean and deviation; for a conversion of the published weights give --transform-input"

@@ -32,7 +32,7 @@ from torchvision.models.googlenet import Inception as TorchvisionInception
 from googlenet_fused import FusedInception, FusionReport, fuse, unfuse
 from googlenet_fused.blocks import BasicConv2d, Inception
 from googlenet_fused.convert import BlockReport
-from googlenet_fused.models import VariantName
+from googlenet_fused.models import VARIANTS, VariantName
 from googlenet_fused.modules import FusedConv2d
 from googlenet_fused.randomize import randomize_
 
@@ -74,7 +74,7 @@ def test_torchvisions_network(backend: str, transform_input: bool, aux_logits: b
     assert_agrees(fused, plain, torch.randn(1, 3, 48, 64))
 
 
-@both_variants
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("aux_logits", [False, True])
 @every_backend
 def test_our_networks(backend: str, aux_logits: bool, variant: VariantName) -> None:

@@ -22,7 +22,7 @@ from googlenet_fused.blocks import BasicConv2d, Inception
 from googlenet_fused.models import VARIANTS, GoogLeNet, GoogLeNetOutputs, InceptionAux, VariantName, googlenet
 from googlenet_fused.randomize import randomize_
 
-both_variants = pytest.mark.parametrize("variant", VARIANTS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def pair(**arguments: object) -> tuple[GoogLeNet, TorchvisionGoogLeNet]:
@@ -67,6 +67,8 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
         ("bvlc", True, 13_378_280, 2 * 64),
         ("torchvision", False, 6_624_904, 344),
         ("torchvision", True, 13_004_888, 364),
+        ("slim", False, 6_624_904, 344),
+        ("slim", True, 13_004_888, 364),
     ],
 )
 def test_parameter_counts(variant: VariantName, aux_logits: bool, parameters: int, keys: int) -> None:
@@ -77,7 +79,9 @@ def test_parameter_counts(variant: VariantName, aux_logits: bool, parameters: in
     assert len(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize(("variant", "macs"), [("bvlc", 1_582_671_872), ("torchvision", 1_498_376_192)])
+@pytest.mark.parametrize(
+    ("variant", "macs"), [("bvlc", 1_582_671_872), ("torchvision", 1_498_376_192), ("slim", 1_498_376_192)]
+)
 def test_macs(variant: VariantName, macs: int) -> None:
     with torch.device("meta"):
         model = googlenet(variant).eval()
@@ -85,7 +89,7 @@ def test_macs(variant: VariantName, macs: int) -> None:
         assert count_macs(model, torch.empty(3, 3, 224, 224)) == 3 * macs
 
 
-@both_variants
+@every_variant
 def test_feature_maps_at_224(variant: VariantName) -> None:
     expected = {
         "conv1": (64, 112, 112),
@@ -120,10 +124,10 @@ def test_feature_maps_at_224(variant: VariantName) -> None:
     assert seen == expected
 
 
-@both_variants
+@every_variant
 def test_dropout_probabilities(variant: VariantName) -> None:
     model = googlenet(variant, init_weights=False)
-    assert model.dropout.p == {"bvlc": 0.4, "torchvision": 0.2}[variant]
+    assert model.dropout.p == {"bvlc": 0.4, "torchvision": 0.2, "slim": 0.2}[variant]
     assert model.aux1.dropout.p == model.aux2.dropout.p == 0.7
     model = googlenet(variant, init_weights=False, dropout=0.0, dropout_aux=0.1)
     assert (model.dropout.p, model.aux1.dropout.p, model.aux2.dropout.p) == (0.0, 0.1, 0.1)
@@ -354,7 +358,7 @@ def test_head_refuses_either_side(shape: tuple[int, int]) -> None:
         head(torch.zeros(2, 8, *shape))
 
 
-@both_variants
+@every_variant
 @pytest.mark.parametrize("training", [False, True])
 def test_empty_batch(variant: VariantName, training: bool) -> None:
     model = googlenet(variant, num_classes=10, init_weights=False).train(training)
@@ -363,9 +367,8 @@ def test_empty_batch(variant: VariantName, training: bool) -> None:
         assert part.shape == (0, 10)
 
 
-@both_variants
-def test_smallest_image(variant: VariantName) -> None:
-    side = {"torchvision": 15, "bvlc": 31}[variant]
+@pytest.mark.parametrize(("variant", "side"), [("torchvision", 15), ("bvlc", 31)])
+def test_smallest_image(variant: VariantName, side: int) -> None:
     model = googlenet(variant, num_classes=10, init_weights=False).eval()
     assert model(torch.zeros(1, 3, side, side)).shape == (1, 10)
     for shape in ((side - 1, side), (side, side - 1)):
@@ -386,7 +389,7 @@ def test_smallest_image(variant: VariantName) -> None:
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"floating-point images, got torch.uint8"),
     ],
 )
-@both_variants
+@every_variant
 def test_wrong_input(variant: VariantName, x: Tensor, message: str) -> None:
     with torch.device("meta"):
         model = googlenet(variant, init_weights=False)
@@ -403,7 +406,7 @@ def test_other_channels_after_replacing_conv1() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variant": "v3"}, "variant must be 'torchvision' or 'bvlc', got 'v3'"),
+        ({"variant": "v3"}, "variant must be one of 'torchvision', 'bvlc', 'slim', got 'v3'"),
         ({"variant": "bvlc", "transform_input": True}, "transform_input=True belongs to .* got variant='bvlc'"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"blocks": [BasicConv2d, Inception]}, "blocks must be .* got 2 of them"),
@@ -433,7 +436,7 @@ def test_bvlc_takes_blocks_that_hold_its_kernels() -> None:
     assert_same_state(GoogLeNet(num_classes=10, blocks=blocks, variant="bvlc"), default)
 
 
-@both_variants
+@every_variant
 def test_export_with_dynamic_batch(variant: VariantName) -> None:
     model = randomize_(googlenet(variant, num_classes=10, init_weights=False, aux_logits=False)).eval()
     batch = torch.export.Dim("batch", min=1, max=16)

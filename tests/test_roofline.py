@@ -167,6 +167,15 @@ def test_a_network_against_what_it_does(variant: VariantName, side: int) -> None
     assert counts(Case(variant, side=side)).flops == 2 * seen.macs
 
 
+@pytest.mark.parametrize("side", [*SIDES, 225, 1])
+def test_slims_network_against_what_it_does(side: int) -> None:
+    """It is not measured, so it has stages and no cases."""
+    seen = observed("slim", side)
+    stages = network_stages(VARIANTS["slim"], side)
+    assert {stage.name: stage.writes for stage in stages} == seen.outputs
+    assert sum(stage.macs for stage in stages) == seen.macs
+
+
 def test_the_smallest_image_of_torchvisions_network() -> None:
     """Its 2x2 pool takes maps of one pixel in ceil mode."""
     stages = network_stages(VARIANTS["torchvision"], 15)

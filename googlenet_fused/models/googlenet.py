@@ -1,11 +1,13 @@
-"""GoogLeNet (Szegedy et al., "Going deeper with convolutions", CVPR 2015) in the two forms in which it is in use.
+"""GoogLeNet (Szegedy et al., "Going deeper with convolutions", CVPR 2015) in the forms in which it is in use.
 
 ``"bvlc"`` is the paper's network as BVLC Caffe trained it: convolutions with biases, local response normalisation, 5x5 kernels.
 ``"torchvision"`` is the port most users hold: batch norm, 3x3 kernels in place of the 5x5 ones, torchvision's state_dict keys.
+``"slim"`` is TF-slim's ``inception_v1``, from which that was ported: the same layers and keys, with TensorFlow's padding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm, conv_block_for
-from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD
+from googlenet_fused.models.same import SameMaxPool2d, SamePadding2d
+from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD, PREPARATIONS
 from googlenet_fused.spec import GOOGLENET_SPECS
 from googlenet_fused.weights import GoogLeNet_Weights, Weights, load_weights
 from googlenet_fused.weights.load import resolve
 
-VariantName = Literal["torchvision", "bvlc"]
+VariantName = Literal["torchvision", "bvlc", "slim"]
 AuxPool = Literal["adaptive", "5x5/3"]
 
 STEM_WIDTH = 64
@@ -31,7 +34,7 @@ STEM_WIDTH = 64
 
 @dataclass(frozen=True)
 class Variant:
-    """What the two forms of GoogLeNet disagree on.
+    """What the forms of GoogLeNet disagree on.
 
     Attributes:
         norm: ``"batch"`` puts batch norm after every convolution; ``None`` gives the convolutions biases.
@@ -41,6 +44,9 @@ class Variant:
         dropout: default probability of the dropout before the classifier.
         aux_pool: how the auxiliary heads come to 4x4.
         min_side: smallest height or width of an image that every pool can take.
+        same_padding: whether conv1 and the max pools are padded as TensorFlow's ``SAME`` says, which depends on the size:
+            conv1 puts 2 zeros before and 3 after an even side, 3 and 3 around an odd one; a 3x3 pool reaches 1 past an even
+            side, as ceil mode does, and 1 past either end of an odd one, where ceil mode would give one output less.
     """
 
     norm: Norm
@@ -50,13 +56,16 @@ class Variant:
     dropout: float
     aux_pool: AuxPool
     min_side: int
+    same_padding: bool
 
 
 VARIANTS: dict[VariantName, Variant] = {
-    "torchvision": Variant("batch", 3, False, 2, 0.2, "adaptive", 15),
-    "bvlc": Variant(None, 5, True, 3, 0.4, "5x5/3", 31),
+    "torchvision": Variant("batch", 3, False, 2, 0.2, "adaptive", 15, False),
+    "bvlc": Variant(None, 5, True, 3, 0.4, "5x5/3", 31, False),
+    "slim": Variant("batch", 3, False, 2, 0.2, "adaptive", 1, True),
 }
-"""Sources: torchvision/models/googlenet.py; the paper, Table 1 and section 5, and BVLC/caffe, models/bvlc_googlenet."""
+"""Sources: torchvision/models/googlenet.py; the paper, Table 1 and section 5, and BVLC/caffe, models/bvlc_googlenet;
+tensorflow/models, research/slim/nets/inception_v1.py and inception_utils.py."""
 
 
 class GoogLeNetOutputs(NamedTuple):
@@ -128,7 +137,12 @@ class GoogLeNet(nn.Module):
     with ``variant="torchvision"`` so are the state_dict keys, the initial weights under one seed and the outputs.
 
     ``"torchvision"`` takes RGB normalised with ``IMAGENET_MEAN`` and ``IMAGENET_STD``; ``"bvlc"`` takes pixels in 0..255 minus
-    their mean: RGB in the paper, BGR minus (104, 117, 123) for the weights that BVLC published.
+    their mean: RGB in the paper, BGR minus (104, 117, 123) for the weights that BVLC published; ``"slim"`` takes RGB in
+    [-1, 1].
+
+    ``"slim"`` has torchvision's keys and shapes. It averages maps of every size, as TF-slim does with ``global_pool=True``, and
+    has the same output without that for 224x224. TF-slim has no auxiliary heads, so those are torchvision's, and its batch
+    norms learn no scale, so ``bn.weight`` is 1 in its weights; one of its 1001 published classes, the first, is the background.
 
     Args:
         num_classes: width of the classifiers.
@@ -136,14 +150,15 @@ class GoogLeNet(nn.Module):
         transform_input: maps inputs normalised with the ImageNet mean and deviation to pixels in [-1, 1] before conv1, as
             torchvision's published weights want; the ``"torchvision"`` variant only.
         init_weights: draw the weights as the variant's source does (torchvision: normal, deviation 0.01; BVLC: xavier, biases
-            0.2). False leaves ``torch.nn``'s own initial weights, which is faster when weights will be loaded.
+            0.2; TF-slim: normal, cut off at two deviations, 0.01 in convolutions and 1.6 over the root of the inputs in linear
+            layers, biases 0). False leaves ``torch.nn``'s own initial weights, which is faster when weights will be loaded.
         blocks: ``[conv_block, inception_block, inception_aux_block]`` in place of the variant's, called as torchvision does:
             ``conv_block(in_channels, out_channels, **conv_args)``, ``inception_block(in_channels, ch1x1, ch3x3red, ch3x3,
             ch5x5red, ch5x5, pool_proj)``, ``inception_aux_block(in_channels, num_classes, dropout=...)``. They decide norm and
             kernel sizes then: for ``"bvlc"`` give for example ``partial(Inception, norm=None, large_kernel=5)``.
-        dropout: probability before the classifier; None takes the variant's (0.2, or 0.4 as in the paper).
+        dropout: probability before the classifier; None takes the variant's (0.2, in ``"bvlc"`` 0.4 as in the paper).
         dropout_aux: probability in the auxiliary heads.
-        variant: ``"torchvision"`` or ``"bvlc"``.
+        variant: ``"torchvision"``, ``"bvlc"`` or ``"slim"``.
 
     Raises:
         ValueError: an argument is out of range; in ``forward``, the input is not ``[n, 3, h, w]`` in floating point or is too
@@ -164,11 +179,11 @@ class GoogLeNet(nn.Module):
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
-            raise ValueError(f"variant must be {' or '.join(map(repr, VARIANTS))}, got {variant!r}")
+            raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
         if transform_input and variant != "torchvision":
             raise ValueError(
-                f"transform_input=True belongs to variant='torchvision', got variant={variant!r}, which expects pixels in "
-                "0..255 minus their mean: prepare the input so"
+                f"transform_input=True belongs to variant='torchvision', got variant={variant!r}: prepare its input as "
+                f"{PREPARATIONS[variant]}"
             )
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -187,6 +202,11 @@ class GoogLeNet(nn.Module):
             # The paper gives no parameters; these are BVLC's. torch divides alpha by the size, as Caffe does.
             return LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if form.local_response_norm else nn.Identity()
 
+        def max_pool(kernel_size: int = 3) -> nn.Module:
+            if form.same_padding:
+                return SameMaxPool2d(kernel_size, stride=2)
+            return nn.MaxPool2d(kernel_size, stride=2, ceil_mode=True)
+
         def inception(name: str) -> nn.Module:
             spec = GOOGLENET_SPECS[name]
             return inception_block(
@@ -204,24 +224,26 @@ class GoogLeNet(nn.Module):
         self.min_side = form.min_side
 
         # The order of construction is torchvision's, because it decides which random numbers each weight gets.
-        self.conv1 = conv_block(self.in_channels, STEM_WIDTH, kernel_size=7, stride=2, padding=3)
-        self.maxpool1 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.pad1 = SamePadding2d(kernel_size=7, stride=2) if form.same_padding else nn.Identity()
+        padding = 0 if form.same_padding else 3
+        self.conv1 = conv_block(self.in_channels, STEM_WIDTH, kernel_size=7, stride=2, padding=padding)
+        self.maxpool1 = max_pool()
         self.norm1 = local_response_norm()
         self.conv2 = conv_block(STEM_WIDTH, STEM_WIDTH, kernel_size=1)
         self.conv3 = conv_block(STEM_WIDTH, GOOGLENET_SPECS["3a"].in_channels, kernel_size=3, padding=1)
         self.norm2 = local_response_norm()
-        self.maxpool2 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.maxpool2 = max_pool()
 
         self.inception3a = inception("3a")
         self.inception3b = inception("3b")
-        self.maxpool3 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.maxpool3 = max_pool()
 
         self.inception4a = inception("4a")
         self.inception4b = inception("4b")
         self.inception4c = inception("4c")
         self.inception4d = inception("4d")
         self.inception4e = inception("4e")
-        self.maxpool4 = nn.MaxPool2d(form.pool4_kernel, stride=2, ceil_mode=True)
+        self.maxpool4 = max_pool(form.pool4_kernel)
 
         self.inception5a = inception("5a")
         self.inception5b = inception("5b")
@@ -243,6 +265,13 @@ class GoogLeNet(nn.Module):
                 continue
             if self.variant == "torchvision":
                 nn.init.trunc_normal_(module.weight, mean=0.0, std=0.01, a=-2, b=2)
+                continue
+            if self.variant == "slim":
+                # The 1.3 makes up for what the cut takes away (tf_slim, variance_scaling_initializer, factor 2).
+                std = 0.01 if isinstance(module, nn.Conv2d) else math.sqrt(1.3 * 2.0 / module.in_features)
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
                 continue
             # Caffe's "xavier" filler is uniform in +-sqrt(3 / fan_in); only the classifiers' biases start from 0.
             nn.init.kaiming_uniform_(module.weight, nonlinearity="linear")
@@ -280,7 +309,7 @@ class GoogLeNet(nn.Module):
         self._check_input(x)
         x = self._normalise(x)  # [n, 3, 224, 224]
 
-        x = self.conv1(x)  # [n, 64, 112, 112]
+        x = self.conv1(self.pad1(x))  # [n, 64, 112, 112]
         x = self.norm1(self.maxpool1(x))  # [n, 64, 56, 56]
         x = self.conv2(x)
         x = self.norm2(self.conv3(x))  # [n, 192, 56, 56]
@@ -319,13 +348,13 @@ def googlenet(
     dropout: float | None = None,
     dropout_aux: float = 0.7,
 ) -> GoogLeNet:
-    """Build a plain GoogLeNet, ``"torchvision"`` or ``"bvlc"``, with initial weights or with those of ``weights``.
+    """Build a plain GoogLeNet, ``"torchvision"``, ``"bvlc"`` or ``"slim"``, with initial weights or with those of ``weights``.
 
     Args:
         variant: which form of the network.
-        weights: a ``.pth`` or ``.safetensors`` file, or the published weights, ``GoogLeNet_Weights.DEFAULT`` or ``"DEFAULT"``,
-            which are downloaded once. With these ``transform_input`` becomes True, as they expect. None are published for
-            ``"bvlc"``.
+        weights: a file that ``read_state_dict`` reads, or the published weights of ``"torchvision"``,
+            ``GoogLeNet_Weights.DEFAULT`` or ``"DEFAULT"``, which are downloaded once. With these ``transform_input`` becomes
+            True, as they expect.
         progress: whether a download shows its progress.
         aux_logits: whether the auxiliary heads are there; by default only without ``weights``, as in torchvision.
         num_classes, transform_input, init_weights, dropout, dropout_aux: as ``GoogLeNet`` takes them.
