@@ -119,7 +119,7 @@ def test_read_gives_the_cause_where_it_says_something(content: bytes, cause: str
 def test_read_refuses_other_suffixes(tmp_path: Path) -> None:
     for name in ("w.onnx", "w.caffemodel", "w"):
         (tmp_path / name).write_bytes(b"data")
-        with pytest.raises(WeightsError, match=r"unsupported suffix .*\.pth, \.pt and \.safetensors"):
+        with pytest.raises(WeightsError, match=r"unsupported suffix .*\.pth, \.pt, \.safetensors and \.npz"):
             read_state_dict(tmp_path / name)
 
 

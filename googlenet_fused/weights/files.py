@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from googlenet_fused.weights import npz
 from googlenet_fused.weights.errors import WeightsError
+from googlenet_fused.weights.slim import from_slim
 
 TORCH_SUFFIXES = (".pth", ".pt")
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -34,24 +36,28 @@ _SAYS_NOTHING = re.compile(r"\S+$|Unsupported operand|pop from empty|(list )?ind
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU, in the file's order.
+    """The tensors of a ``.pth``, ``.pt``, ``.safetensors`` or ``.npz`` file, on the CPU, in the file's order.
 
     A checkpoint that keeps them under ``"state_dict"`` or ``"model"`` is opened, and ``module.`` or ``_orig_mod.`` before
     every key is taken off. Pickles are read with ``weights_only=True`` and never otherwise. The checksums inside a ``.pth``
     are verified, which ``torch.load`` leaves out; files from before torch 1.6 and ``.safetensors`` carry none.
 
+    Variables of TF-slim's ``inception_v1``, known by their names, come under this package's keys: see ``slim.from_slim``.
+
     Raises:
         WeightsError: the file is missing, empty, truncated, damaged, of another type or suffix, refused as unsafe, or holds
             something other than tensors by name.
-        ImportError: the file is ``.safetensors`` and the package of that name is not installed.
+        ImportError: the file is ``.safetensors`` and the package of that name is not installed, or ``.npz`` and numpy is not.
     """
     path = Path(path).expanduser()
     _check_file(path)
     suffix = path.suffix.lower()
-    if suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
-        raise WeightsError(f"{path}: unsupported suffix {path.suffix!r}; weights are read from .pth, .pt and .safetensors")
-    content = _read_safetensors(path) if suffix == SAFETENSORS_SUFFIX else _read_torch(path)
-    return _strip_prefixes(_tensors_by_name(path, content))
+    if suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX, npz.SUFFIX):
+        raise WeightsError(
+            f"{path}: unsupported suffix {path.suffix!r}; weights are read from .pth, .pt, .safetensors and .npz"
+        )
+    read = {SAFETENSORS_SUFFIX: _read_safetensors, npz.SUFFIX: npz.read_npz}.get(suffix, _read_torch)
+    return from_slim(path, _strip_prefixes(_tensors_by_name(path, read(path))))
 
 
 def _check_file(path: Path) -> None:

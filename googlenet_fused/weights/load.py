@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from googlenet_fused.weights.download import fetch, published_as
 from googlenet_fused.weights.errors import WeightsError
 from googlenet_fused.weights.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, read_state_dict
+from googlenet_fused.weights.npz import SUFFIX as NPZ_SUFFIX
 from googlenet_fused.weights.published import GoogLeNet_Weights, Weights
 
 _AUX_HEADS = ("aux1.", "aux2.")
@@ -49,7 +50,7 @@ def load_weights(
 
     Args:
         model: the model to load; untouched if anything is wrong.
-        source: a ``.pth``, ``.pt`` or ``.safetensors`` file, a member of ``GoogLeNet_Weights`` or its name in any case, or a
+        source: a file that ``read_state_dict`` reads, a member of ``GoogLeNet_Weights`` or its name in any case, or a
             ``Weights``.
         strict: refuse missing and unexpected keys. Shapes and dtypes must fit in any case.
         allow_nonfinite: accept NaN and infinite values.
@@ -63,9 +64,10 @@ def load_weights(
     """
     source = resolve(source, "source")
     targets = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if isinstance(source, GoogLeNet_Weights) and _variant(targets) == "bvlc":
+    variant = _built(model, targets)
+    if isinstance(source, GoogLeNet_Weights) and variant in ("bvlc", "slim"):
         raise WeightsError(
-            f"no weights are published for the 'bvlc' variant, and {source} is for 'torchvision': "
+            f"no weights are published for the {variant!r} variant, and {source} is for 'torchvision': "
             "give a .pth, .pt or .safetensors file of the variant's weights instead"
         )
     path = source if isinstance(source, Path) else fetch(source, cache_dir, progress)
@@ -85,6 +87,8 @@ def load_weights(
         raise WeightsError(f"{path} does not fit the model ({type(model).__name__}): they have no key in common")
 
     published = published_as(path)
+    if published is not None and variant == "slim":
+        raise WeightsError(f"{path} is {published.filename}, which is for the 'torchvision' variant, and the model is 'slim'")
     model.load_state_dict({key: tensors[key] for key in targets if key in tensors}, strict=False)
     if published is not None and hasattr(model, "transform_input"):
         model.transform_input = True  # type: ignore[assignment]
@@ -102,7 +106,7 @@ def resolve(source: str | os.PathLike[str] | GoogLeNet_Weights | Weights, argume
         if source.upper() in GoogLeNet_Weights.__members__:
             return GoogLeNet_Weights[source.upper()]
         path = Path(source).expanduser()
-        if path.suffix.lower() not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX) and not path.exists():
+        if path.suffix.lower() not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX, NPZ_SUFFIX) and not path.exists():
             names = " or ".join(map(repr, sorted(GoogLeNet_Weights.__members__)))
             raise WeightsError(
                 f"{source}: there is no such file, and no published weights of that name: "
@@ -149,7 +153,7 @@ def _describe(
         counts = [(wrong, "of the model", "not fitting"), (surplus, "of the file", "not in the model")]
         total = "in all " + ", ".join(f"{_count(len(keys), 'key')} {whose} {what}" for keys, whose, what in counts if keys)
     extra = f" (first: {surplus[0]})" if surplus and wrong else ""
-    hint = _hint(wrong, tensors, targets)
+    hint = _hint(model, wrong, tensors, targets)
     return f"{path} does not fit the model ({type(model).__name__}): {key} {fault}; {total}{extra}{hint}"
 
 
@@ -157,10 +161,10 @@ def _count(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _hint(wrong: Mapping[str, str], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> str:
+def _hint(model: nn.Module, wrong: Mapping[str, str], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> str:
     """The likely cause in words, where the keys give it away."""
-    held, built = _variant(tensors), _variant(targets)
-    if held and built and held != built:
+    held, built = _variant(tensors), _built(model, targets)
+    if held and built and held != _variant(targets):
         return f". The file holds the {held!r} variant ({_TRAITS[held]}), the model is the {built!r} variant ({_TRAITS[built]})"
     if wrong and all(key.startswith(_AUX_HEADS) and key not in tensors for key in wrong):
         return ". The file has no auxiliary heads: build the model with aux_logits=False"
@@ -170,7 +174,13 @@ def _hint(wrong: Mapping[str, str], tensors: Mapping[str, Tensor], targets: Mapp
     return ""
 
 
-_TRAITS = {"torchvision": "batch norm, no convolution bias", "bvlc": "convolution biases, no batch norm"}
+_BATCH_NORM = "batch norm, no convolution bias"
+_TRAITS = {"torchvision": _BATCH_NORM, "slim": _BATCH_NORM, "bvlc": "convolution biases, no batch norm"}
+
+
+def _built(model: nn.Module, keys: Iterable[str]) -> str | None:
+    """Which variant of GoogLeNet a model is, by its keys: slim's, which are torchvision's, need the model's own word."""
+    return "slim" if getattr(model, "variant", None) == "slim" else _variant(keys)
 
 
 def _variant(keys: Iterable[str]) -> str | None:
