@@ -104,3 +104,12 @@ class Inception(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """torch's, also for half precisions on a CPU, where torch has no kernel for them: the norm is computed in fp32 there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)

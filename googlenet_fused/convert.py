@@ -12,17 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from googlenet_fused.backends import registry
+from googlenet_fused.blocks import LocalResponseNorm
+from googlenet_fused.lrn import FusedLocalResponseNorm
 from googlenet_fused.modules import CannotFuse, FusedConv2d, FusedInception, block_kind, clear_hooks
 from googlenet_fused.tolerance import Comparison, judge
 
 logger = logging.getLogger("googlenet_fused")
 
-BlockKind = Literal["inception", "conv"]
+BlockKind = Literal["inception", "conv", "lrn"]
 Filter = Callable[[nn.Module, str], bool]
 
-_FUSED_CLASSES: dict[BlockKind, type[FusedInception | FusedConv2d]] = {"inception": FusedInception, "conv": FusedConv2d}
+FusedBlock = FusedInception | FusedConv2d | FusedLocalResponseNorm
+
+_FUSED_CLASSES: dict[BlockKind, type[FusedBlock]] = {
+    "inception": FusedInception,
+    "conv": FusedConv2d,
+    "lrn": FusedLocalResponseNorm,
+}
 _CHECK_SEED = 20150607
 _CHECK_SIDES = (8, 7)  # one even, one odd, both larger than the 5x5 kernel
+_CHECK_DEVIATION_LRN = 100.0  # of pixels, about: of 1, the usual norm would do next to nothing
 
 
 class FusionMismatch(RuntimeError):
@@ -91,8 +100,10 @@ def fuse(
     """A copy of ``model`` whose Inception modules run fused. The model itself is left untouched.
 
     Finds the Inception modules of torchvision's and of this package's GoogLeNet anywhere in the model; a third branch of 3x3
-    stays 3x3. The stem's and auxiliary heads' convolution, batch norm and ReLU are folded as well. Every fused block is run
-    once on random input, on the model's device and in its dtype, against the plain block in fp64.
+    stays 3x3. The stem's and auxiliary heads' convolution, batch norm and ReLU are folded as well, and local response norms are
+    replaced where the backend has its own, which on a GPU none has. Every fused block is run once on random input, on the
+    model's device and in its dtype, against the plain block in fp64; a local response norm, which has no parameters to tell
+    either, on those of the model's first parameter.
 
     Args:
         model: any module, in either mode; modes, parameters, state_dict keys and hooks on the model are those of the original.
@@ -119,13 +130,15 @@ def fuse(
         raise TypeError(f"filter_fn must be a function of (module, name) that returns True or False, got {filter_fn!r}")
     registry.check_name(backend)
     reports: list[BlockReport] = []
+    of_model = _floating(model)
 
     def fuse_block(module: nn.Module, name: str) -> nn.Module | None:
         kind = block_kind(module)
         if kind is None:
             return None
         plain = module.to_plain() if type(module) in _FUSED_CLASSES.values() else module  # type: ignore[operator]
-        fused, report = _fuse_block(plain, name, kind, filter_fn, backend, on_mismatch)
+        like = next(iter([*_floating(plain), *of_model]), torch.empty(0, dtype=torch.float32, device="cpu"))
+        fused, report = _fuse_block(plain, name, kind, filter_fn, backend, on_mismatch, like)
         reports.append(report)
         return fused
 
@@ -152,7 +165,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
     def unfuse_block(module: nn.Module, name: str) -> nn.Module | None:
-        if isinstance(module, FusedInception | FusedConv2d):
+        if isinstance(module, FusedBlock):
             if type(module) in _FUSED_CLASSES.values():
                 return module.to_plain()
             logger.warning(
@@ -189,8 +202,15 @@ def _replace(
 
 
 def _fuse_block(
-    plain: nn.Module, name: str, kind: BlockKind, filter_fn: Filter | None, backend: str, on_mismatch: str
+    plain: nn.Module,
+    name: str,
+    kind: BlockKind,
+    filter_fn: Filter | None,
+    backend: str,
+    on_mismatch: str,
+    like: Tensor,
 ) -> tuple[nn.Module, BlockReport]:
+    """The fused block, or the plain one, and what is said of it; it is checked on the device and in the dtype of ``like``."""
     if filter_fn is not None:
         wanted = filter_fn(plain, name)
         if not isinstance(wanted, bool):
@@ -201,13 +221,16 @@ def _fuse_block(
         fused = _FUSED_CLASSES[kind].from_module(plain, backend=backend)
     except CannotFuse as reason:
         return plain, BlockReport(name, kind, fused=False, reason=str(reason))
-    weight = next(fused.parameters())
-    if weight.is_meta:
+    if like.is_meta:
         return fused, BlockReport(name, kind, fused=True, reason="its parameters are on the meta device")
 
     spec = fused.spec if isinstance(fused, FusedInception) else None
-    chosen = registry.select(backend, registry.Problem(weight.device, weight.dtype, spec)).name
-    comparison = _check_block(plain, kind, backend, weight)
+    selected = registry.select(backend, registry.Problem(like.device, like.dtype, spec))
+    chosen = selected.name
+    if kind == "lrn" and not selected.has_response_norm:
+        lacking = f"the {chosen} backend has no local response norm of its own, so torch's operators run"
+        return plain, BlockReport(name, kind, fused=False, reason=lacking, backend=chosen)
+    comparison = _check_block(plain, kind, backend, like)
     if comparison.ok:
         return fused, BlockReport(name, kind, True, None, chosen, comparison.max_error, comparison.peer_max_error)
     mismatch = f"with backend {chosen!r} the fused block {comparison}"
@@ -218,12 +241,21 @@ def _fuse_block(
     return plain, BlockReport(name, kind, fused=False, reason=mismatch, backend=chosen)
 
 
-def _check_block(plain: nn.Module, kind: BlockKind, backend: str, weight: Tensor) -> Comparison:
+def _check_block(plain: nn.Module, kind: BlockKind, backend: str, like: Tensor) -> Comparison:
     """One run of the plain and the fused block on the same random input ``[1, in_channels, h, w]``, on copies without hooks."""
     plain = copy.deepcopy(plain).eval()
     clear_hooks(plain)
     fused = _FUSED_CLASSES[kind].from_module(plain, backend=backend)
-    in_channels = next(module for module in plain.modules() if isinstance(module, nn.Conv2d)).in_channels
+    deviation = 1.0
+    if isinstance(plain, nn.LocalResponseNorm):
+        in_channels, deviation = min(2 * plain.size + 1, 256), _CHECK_DEVIATION_LRN
+        plain = LocalResponseNorm(plain.size, plain.alpha, plain.beta, plain.k)  # for half precisions, too
+    else:
+        in_channels = next(module for module in plain.modules() if isinstance(module, nn.Conv2d)).in_channels
     generator = torch.Generator("cpu").manual_seed(_CHECK_SEED)
-    x = torch.randn(1, in_channels, *_CHECK_SIDES, generator=generator, device="cpu", dtype=torch.float32)
-    return judge(fused, plain, x.to(weight))
+    x = torch.randn(1, in_channels, *_CHECK_SIDES, generator=generator, device="cpu", dtype=torch.float32) * deviation
+    return judge(fused, plain, x.to(like))
+
+
+def _floating(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.is_floating_point()]

@@ -231,7 +231,7 @@ def _compare(console: Console, network: Network, photographs: Mapping[str, Image
     report: FusionReport = fused.fusion_report  # type: ignore[assignment]
     backend = report.backends
     modules = sum(block.kind == "inception" for block in report.fused)
-    convolutions = len(report.fused) - modules
+    convolutions = sum(block.kind == "conv" for block in report.fused)
     console.print(
         f"[bold]Fused:[/bold] {modules} Inception modules and {convolutions} convolutions of the stem, run by the "
         f"[bold]{backend}[/bold] backend and each checked against the plain block; {len(report.skipped)} blocks left plain.\n"

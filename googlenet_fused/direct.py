@@ -67,17 +67,20 @@ def unobserved(x: Tensor) -> bool:
     """Whether nothing wants to know of the operator: no gradients of either mode, autocast, tracing, transform of
     ``torch.func``, dispatch or function mode, or profiler. False, too, where this torch cannot tell.
     """
+    return eager(x) and not (torch.is_grad_enabled() or torch._C._autograd._profiler_enabled())
+
+
+def eager(x: Tensor) -> bool:
+    """As ``unobserved``, but gradients of reverse mode and the profiler may be on."""
     return not (
         torch.compiler.is_compiling()
         or not _CAN_TELL
-        or torch.is_grad_enabled()
         or type(x) is not Tensor
         or ops.in_forward_ad()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
         or ops.autocasts(x.device.type)
     )
 

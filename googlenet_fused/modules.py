@@ -60,7 +60,7 @@ class _Fused(nn.Module):
     def to_plain(self) -> nn.Module:
         """The plain module of the class this one was made from, sharing its parameters."""
         plain = self.plain_class.__new__(self.plain_class)
-        _adopt(plain, self)
+        adopt(plain, self)
         del plain.backend, plain.plain_class
         return plain
 
@@ -132,7 +132,7 @@ class FusedConv2d(_Fused, BasicConv2d):
         registry.check_name(backend)
         _check_conv_block(block)
         fused = cls.__new__(cls)
-        _adopt(fused, block)
+        adopt(fused, block)
         fused.backend, fused.plain_class = backend, type(block)
         return fused
 
@@ -215,7 +215,7 @@ class FusedInception(_Fused, Inception):
         _check_class(block, _INCEPTIONS, "an Inception module")
         read_inception(block)
         fused = cls.__new__(cls)
-        _adopt(fused, block)
+        adopt(fused, block)
         fused.backend, fused.plain_class = backend, type(block)
         return fused
 
@@ -238,11 +238,15 @@ class FusedInception(_Fused, Inception):
         return f"large_kernel={self.spec.large_kernel}, backend={self.backend!r}"
 
 
-def block_kind(module: nn.Module) -> Literal["inception", "conv"] | None:
-    """Whether ``module`` is, or derives from, an Inception module or a convolution block that is looked at for fusing."""
+def block_kind(module: nn.Module) -> Literal["inception", "conv", "lrn"] | None:
+    """Whether ``module`` is, or derives from, an Inception module, a convolution block or a local response norm that is looked
+    at for fusing.
+    """
     bases = {_qualified(cls) for cls in type(module).__mro__}
     if bases & _INCEPTIONS:
         return "inception"
+    if isinstance(module, nn.LocalResponseNorm):
+        return "lrn"
     return "conv" if bases & _CONV_BLOCKS else None
 
 
@@ -338,7 +342,7 @@ def _qualified(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
 
 
-def _adopt(target: nn.Module, source: nn.Module) -> None:
+def adopt(target: nn.Module, source: nn.Module) -> None:
     """Make ``target`` a module with all that ``source`` holds, without a constructor (which would draw random numbers).
 
     Children, parameters and buffers, hooks and other attributes are the same objects, in registries of the target's own. What

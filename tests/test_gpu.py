@@ -297,7 +297,8 @@ def assert_network_agrees(device: str, backend: str, dtype: torch.dtype, variant
     fused = fuse(plain, backend=backend)
     assert sum(isinstance(module, FusedInception) for module in fused.modules()) == 9
     assert sum(isinstance(module, FusedConv2d) for module in fused.modules()) == 3
-    assert report_of(fused).skipped == []
+    norms = [] if variant == "torchvision" or device == "cpu" else ["norm1", "norm2"]
+    assert [block.name for block in report_of(fused).skipped] == norms
     assert {parameter.device.type for parameter in fused.parameters()} == {device}
     side = 224 if device == "cuda" else 48
     assert_agrees(fused, plain, torch.randn(2, 3, side, side).to(device, dtype))

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "googlenet_fused"
 
 LAYERS = (
-    ("spec", "arithmetic", "preparation", "user_files", "messages", "progress", "whole_files", "distributed"),
+    ("spec", "arithmetic", "preparation", "response_norm", "user_files", "messages", "progress", "whole_files", "distributed"),
     ("blocks",),
     ("packing", "parameter_cache", "tolerance", "randomize", "weights"),
     ("backends",),
@@ -19,6 +19,7 @@ LAYERS = (
     ("ops",),
     ("direct",),
     ("modules",),
+    ("lrn",),
     ("models", "convert"),
     ("__init__",),
     ("images", "info", "charts"),

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from googlenet_fused import response_norm
 from googlenet_fused.backends.registry import Backend, Problem
 from googlenet_fused.packing import PackedInception
+from googlenet_fused.response_norm import ResponseNorm
 from googlenet_fused.spec import InceptionSpec
 
 _ARGUMENTS = {
@@ -33,6 +35,7 @@ _NO_PADDING = (0, 0)
 class CpuBackend(Backend):
     name = "cpu"
     description = "oneDNN convolutions with prepacked weights, channels_last"
+    has_response_norm = True
 
     def probe(self) -> str | None:
         return _probe()
@@ -83,6 +86,9 @@ class CpuBackend(Backend):
         (prepacked,) = prepared
         x = x.contiguous(memory_format=torch.channels_last)
         return _conv2d(x, prepacked, bias, padding=padding, stride=stride).relu_()
+
+    def local_response_norm(self, x: Tensor, norm: ResponseNorm) -> Tensor:
+        return response_norm.local_response_norm(x, norm)
 
 
 def _large_padding(spec: InceptionSpec) -> tuple[int, int]:

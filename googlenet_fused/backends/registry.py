@@ -16,6 +16,7 @@ from torch import Tensor
 
 from googlenet_fused.messages import first_line
 from googlenet_fused.packing import PackedInception
+from googlenet_fused.response_norm import ResponseNorm
 from googlenet_fused.spec import InceptionSpec
 
 logger = logging.getLogger("googlenet_fused")
@@ -74,6 +75,9 @@ class Backend(ABC):
 
     needs_verification = False
     """Whether automatic choice uses it on a GPU only where it was seen to be right (see ``trust``)."""
+
+    has_response_norm = False
+    """Whether it normalises responses itself; elsewhere torch's operators do."""
 
     arithmetics: tuple[str, ...] = ("float16", "bfloat16", "float32", "tf32")
     """What it multiplies on a GPU, in the terms of ``arithmetic``."""
@@ -152,6 +156,10 @@ class Backend(ABC):
         if out.stride() == laid_out.stride():  # asked so, because strides of one channel or pixel are ambiguous
             return out
         return torch.empty_like(out, memory_format=torch.channels_last).copy_(out)
+
+    def local_response_norm(self, x: Tensor, norm: ResponseNorm) -> Tensor:
+        """``x [n, c, h, w]`` normalised, in its dtype; only where ``has_response_norm`` says so."""
+        raise NotImplementedError(f"backend {self.name!r} has no local response norm")
 
 
 class DamagedInstallation(RuntimeError):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, Norm, conv_block_for
+from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, LocalResponseNorm, Norm, conv_block_for
 from googlenet_fused.models.same import SameMaxPool2d, SamePadding2d
 from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD, PREPARATIONS
 from googlenet_fused.spec import GOOGLENET_SPECS
@@ -74,15 +74,6 @@ class GoogLeNetOutputs(NamedTuple):
     logits: Tensor
     aux_logits2: Tensor | None
     aux_logits1: Tensor | None
-
-
-class LocalResponseNorm(nn.LocalResponseNorm):
-    """torch's, also for half precisions on a CPU, where torch has no kernel for them: the norm is computed in fp32 there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float16, torch.bfloat16):
-            return super().forward(x.float()).to(x.dtype)
-        return super().forward(x)
 
 
 class InceptionAux(nn.Module):
