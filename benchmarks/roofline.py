@@ -25,8 +25,8 @@ from googlenet_fused.bench import DTYPES, Case, numerics
 from googlenet_fused.bench.case import CLASSES
 from googlenet_fused.bench.meters import last_cache_bytes
 from googlenet_fused.bench.timing import Summary
-from googlenet_fused.models.googlenet import STEM_WIDTH, VARIANTS, Variant, VariantName
-from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS
+from googlenet_fused.models.googlenet import VARIANTS, Variant, VariantName
+from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, STEM_WIDTH
 
 IMAGE_CHANNELS = 3
 MODULE_FORM = VARIANTS["bvlc"]

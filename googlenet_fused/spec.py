@@ -134,5 +134,8 @@ GOOGLENET_SPECS: dict[str, InceptionSpec] = {
 }
 """The nine Inception modules of GoogLeNet (Szegedy et al., CVPR 2015, Table 1), with the paper's 5x5 in the third branch."""
 
+STEM_WIDTH = 64
+"""Output width of conv1 and of the 1x1 reduction before conv2's 3x3 (the paper, Table 1)."""
+
 GOOGLENET_SIDES: dict[str, int] = {"3a": 28, "3b": 28, "4a": 14, "4b": 14, "4c": 14, "4d": 14, "4e": 14, "5a": 7, "5b": 7}
 """Height and width of each module's input when the network's input is 224x224."""

@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, LocalResponseNorm, Norm, conv_block_for
 from googlenet_fused.models.same import SameMaxPool2d, SamePadding2d
 from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD, PREPARATIONS
-from googlenet_fused.spec import GOOGLENET_SPECS
+from googlenet_fused.spec import GOOGLENET_SPECS, STEM_WIDTH
 from googlenet_fused.weights import GoogLeNet_Weights, Weights, load_weights
 from googlenet_fused.weights.load import resolve
 
 VariantName = Literal["torchvision", "bvlc", "slim"]
 AuxPool = Literal["adaptive", "5x5/3"]
-
-STEM_WIDTH = 64
-"""Output width of conv1 and of the 1x1 reduction before conv2's 3x3 (the paper, Table 1)."""
 
 
 @dataclass(frozen=True)
