@@ -7,12 +7,13 @@ from googlenet_fused.modules import CannotFuse, FusedInception
 from googlenet_fused.ops import inception
 from googlenet_fused.packing import BatchNormParams, ConvParams
 from googlenet_fused.spec import GOOGLENET_SPECS, InceptionSpec
-from googlenet_fused.weights import GoogLeNet_Weights, WeightsError
+from googlenet_fused.weights import BVLC_GoogLeNet_Weights, GoogLeNet_Weights, WeightsError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GOOGLENET_SPECS",
+    "BVLC_GoogLeNet_Weights",
     "BackendError",
     "BatchNormParams",
     "CannotFuse",

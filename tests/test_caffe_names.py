@@ -15,7 +15,7 @@ from cases import message_of
 from torch import Tensor
 
 from googlenet_fused.models import googlenet
-from googlenet_fused.weights import WeightsError
+from googlenet_fused.weights import WeightsError, load_weights, read_state_dict
 from googlenet_fused.weights.caffe_names import bvlc_state_dict
 
 CLASSES = 7
@@ -220,3 +220,27 @@ def test_a_second_classifier_is_surplus(folder: Path) -> None:
     content = blobs()
     put("loss3/classifier_food", (2, 1024), (2,))(content)
     assert "'loss3/classifier_food' has weights and no place" in refusal(folder, content)
+
+
+def test_a_caffemodel_loads_like_any_file(folder: Path) -> None:
+    expected = read(folder, blobs())
+    path = folder / "x.caffemodel"
+    assert all(torch.equal(value, expected[key]) for key, value in read_state_dict(path).items())
+    model = googlenet("bvlc", weights=str(path), num_classes=CLASSES)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert model.transform_input is False
+    with_heads = googlenet("bvlc", num_classes=CLASSES, init_weights=False)
+    load_weights(with_heads, path.rename(folder / "X.CaffeModel"))
+    assert all(torch.equal(value, expected[key]) for key, value in with_heads.state_dict().items())
+
+
+def test_a_caffemodel_that_does_not_fit_the_model_says_why(folder: Path) -> None:
+    read(folder, blobs(heads=False))
+    for options, reason in (
+        ({"variant": "torchvision", "num_classes": CLASSES}, "The file holds the 'bvlc' variant"),
+        ({"variant": "bvlc", "num_classes": 8}, "build the model with num_classes=7"),
+        ({"variant": "bvlc", "num_classes": CLASSES, "aux_logits": True}, "build the model with aux_logits=False"),
+    ):
+        with pytest.raises(WeightsError) as error:
+            googlenet(weights=folder / "x.caffemodel", **options)  # type: ignore[arg-type]
+        assert reason in message_of(error)

@@ -13,7 +13,8 @@ from cases import TinyNet, assert_same, message_of, save_tensors, tiny_state
 from torch import Tensor, nn
 
 from googlenet_fused.models import googlenet
-from googlenet_fused.weights import WeightsError, load_weights
+from googlenet_fused.weights import Description, WeightsError, load_weights, save_described
+from googlenet_fused.weights.files import SUFFIXES
 
 
 def refusal(model: nn.Module, tensors: dict[str, Tensor], path: Path, **kwargs: Any) -> str:
@@ -208,7 +209,7 @@ def test_a_word_that_is_neither_a_file_nor_a_name_gets_the_choice(load: Callable
         load("imagenet")
     assert message_of(error) == (
         "imagenet: there is no such file, and no published weights of that name: "
-        "give a .pth, .pt or .safetensors file, 'DEFAULT' or 'IMAGENET1K_V1'"
+        f"give a {', '.join(SUFFIXES)} file, 'DEFAULT' or 'IMAGENET1K_V1'"
     )
     with pytest.raises(WeightsError, match=r"none\.pth: there is no such file$"):
         load("none.pth")
@@ -230,3 +231,52 @@ def test_a_file_from_torchvision_gives_its_outputs(name: str, tmp_path: Path) ->
     image = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(ours(image), theirs(image))
+
+
+@pytest.mark.parametrize("transform_input", [True, False])
+def test_a_description_says_what_the_input_transform_is_to_be(transform_input: bool, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_described(path, tiny_state(), Description("torchvision", 5, transform_input=transform_input))
+    model = TinyNet()
+    model.transform_input = not transform_input
+    load_weights(model, path)
+    assert model.transform_input is transform_input
+
+    plain = nn.Linear(1, 1)
+    save_described(path, {"weight": torch.ones(1, 1), "bias": torch.ones(1)}, Description("torchvision", 1))
+    load_weights(plain, path)
+    assert not hasattr(plain, "transform_input")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_load_names_the_variant_of_a_description(strict: bool, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_described(path, tiny_state(), Description("bvlc", 5, transform_input=True))
+    model = TinyNet()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, path, strict=strict)
+    assert message_of(error) == (
+        f"{path} says that it is for the 'bvlc' variant, and the model is the 'torchvision' variant: build a 'bvlc' model"
+    )
+    assert_same(model.state_dict(), before)
+    assert model.transform_input is False
+
+
+def test_a_model_that_says_its_variant_is_believed(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_described(path, tiny_state(), Description("of my own", 5))
+    model = TinyNet()
+    model.variant = "of my own"  # type: ignore[assignment]
+    load_weights(model, path)
+    save_described(path, tiny_state(), Description("torchvision", 5))
+    with pytest.raises(WeightsError, match="the model is the 'of my own' variant"):
+        load_weights(model, path)
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, "DEFAULT")
+    assert message_of(error).startswith("no weights are published for the 'of my own' variant: give a .pth, .pt,")
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, "imagenet")
+    assert message_of(error).endswith(
+        "no published weights of that name: give a " + " or ".join(", ".join(SUFFIXES).rsplit(", ", 1)) + " file"
+    )

@@ -15,13 +15,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from caffe_net import bvlc_layers, caffemodel, random_blobs
 from cases import TinyNet, assert_same, message_of, save_tensors, tiny_state
 from torch import nn
 
-from googlenet_fused.models import googlenet
-from googlenet_fused.weights import GoogLeNet_Weights, Weights, WeightsError, fetch, load_weights, published_as
+from googlenet_fused.models import VARIANTS, VariantName, googlenet
+from googlenet_fused.weights import (
+    BVLC_GoogLeNet_Weights,
+    GoogLeNet_Weights,
+    PublishedWeights,
+    Weights,
+    WeightsError,
+    fetch,
+    load_weights,
+    published_as,
+    read_state_dict,
+)
+from googlenet_fused.weights.published import PUBLISHED
 
 MEMBER = GoogLeNet_Weights.IMAGENET1K_V1
+BVLC = BVLC_GoogLeNet_Weights.IMAGENET1K_V1
 
 
 def test_enum_states_what_torchvision_states() -> None:
@@ -38,6 +51,43 @@ def test_enum_states_what_torchvision_states() -> None:
     torch.testing.assert_close(MEMBER.transforms()(pixels), theirs.transforms()(pixels), rtol=0, atol=0)
 
 
+def test_enum_states_the_facts_of_bvlc() -> None:
+    assert BVLC_GoogLeNet_Weights.DEFAULT is BVLC
+    assert BVLC.filename == "bvlc_googlenet.caffemodel"
+    assert (BVLC.size, len(BVLC.sha256), len(BVLC.meta["sha1"])) == (53_533_754, 64, 40)
+    assert BVLC.meta["_metrics"] == {"ImageNet-1K": {"acc@1": 68.7, "acc@5": 88.9}}
+    model = googlenet("bvlc", aux_logits=False, init_weights=False)
+    assert BVLC.meta["num_params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert BVLC.meta["min_size"] == (VARIANTS["bvlc"].min_side,) * 2
+    pytest.importorskip("torchvision")
+    assert BVLC.meta["categories"] == MEMBER.meta["categories"]
+
+
+def test_every_enum_is_for_one_variant() -> None:
+    assert set(PUBLISHED) <= set(VARIANTS)
+    for variant, members in PUBLISHED.items():
+        assert {member.variant for member in members} == {variant}
+
+
+def test_transforms_of_bvlc_do_what_caffe_does() -> None:
+    """Against OpenCV, with which Caffe's convert_imageset warps images, in a fixed point of its own."""
+    pytest.importorskip("torchvision")
+    cv2 = pytest.importorskip("cv2")
+    image = pytest.importorskip("PIL.Image")
+    pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 20, 31) * 255, (300, 410), mode="bicubic")[0].clamp(0, 255).byte()
+    bgr = pixels.flip(0).permute(1, 2, 0).contiguous().numpy()
+    warped = torch.from_numpy(cv2.resize(bgr, (256, 256), interpolation=cv2.INTER_LINEAR)).permute(2, 0, 1).float()
+    expected = warped[:, 16:240, 16:240] - torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)
+    for given in (pixels, image.fromarray(pixels.permute(1, 2, 0).numpy())):
+        prepared = BVLC.transforms()(given)
+        assert type(prepared) is torch.Tensor
+        assert prepared.dtype == torch.float32
+        torch.testing.assert_close(prepared, expected, rtol=0, atol=1)
+        assert (prepared - expected).abs().mean() < 0.5, "more than OpenCV's rounding"
+    assert BVLC.transforms()(torch.zeros(2, 3, 9, 9, dtype=torch.uint8)).shape == (2, 3, 224, 224)
+    assert BVLC.transforms(resize_size=73, crop_size=64)(pixels).shape == (3, 64, 64)
+
+
 def test_enum_needs_torchvision_only_where_it_says() -> None:
     program = (
         "import sys; from googlenet_fused.weights import GoogLeNet_Weights as W\n"
@@ -47,10 +97,19 @@ def test_enum_needs_torchvision_only_where_it_says() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=Path(__file__).parents[1])
 
 
-@pytest.mark.parametrize("use", [lambda: MEMBER.transforms(), lambda: MEMBER.meta["categories"]])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: MEMBER.transforms(),
+        lambda: MEMBER.meta["categories"],
+        lambda: BVLC.transforms(),
+        lambda: BVLC.meta["categories"],
+    ],
+)
 def test_missing_torchvision_names_the_extra(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
     with pytest.raises(ImportError, match=r"pip install 'googlenet-fused\[tools\]'"):
         use()
 
@@ -74,10 +133,11 @@ class Server(ThreadingHTTPServer):
         self.body = b""
         self.missing_bytes = 0
 
-    def weights(self, body: bytes, sha256: str | None = None) -> Weights:
+    def weights(self, body: bytes, sha256: str | None = None, like: PublishedWeights = MEMBER) -> Weights:
         self.body = body
-        url = f"http://127.0.0.1:{self.server_address[1]}/models/net.pth?version=1"
-        return replace(MEMBER.value, url=url, sha256=sha256 or hashlib.sha256(body).hexdigest()[:8])
+        url = f"http://127.0.0.1:{self.server_address[1]}/models/net{Path(like.filename).suffix}?version=1"
+        digest = hashlib.sha256(body).hexdigest()[: len(like.sha256)]
+        return replace(like.value, url=url, sha256=sha256 or digest, size=like.size and len(body))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -204,6 +264,21 @@ def test_fetch_never_uses_a_wrong_cached_file(server: Server, tmp_path: Path) ->
     assert server.requests == []
 
 
+def test_fetch_checks_the_size(server: Server, tmp_path: Path) -> None:
+    weights = server.weights(b"weights", like=BVLC)
+    cached = fetch(weights, tmp_path, progress=False)
+    cached.write_bytes(b"weight")
+    with pytest.raises(WeightsError) as error:
+        fetch(weights, tmp_path)
+    assert message_of(error) == (
+        f"the cached file {cached} is not net.caffemodel: it has 6 bytes, expected 7; delete it to download it again"
+    )
+    assert len(server.requests) == 1
+    cached.unlink()
+    with pytest.raises(WeightsError, match="it has 7 bytes, expected 8"):
+        fetch(replace(weights, size=8), tmp_path, progress=False)
+
+
 def test_fetch_reports_an_unusable_cache(server: Server, tmp_path: Path) -> None:
     weights = server.weights(b"weights")
     (tmp_path / "file").touch()
@@ -240,23 +315,62 @@ def test_published_weights_switch_the_input_transform_on(
     assert not hasattr(plain, "transform_input")
 
 
-@pytest.mark.parametrize("weights", ["DEFAULT", "default", MEMBER])
-def test_published_weights_are_not_fetched_for_the_other_variant(
-    weights: str | GoogLeNet_Weights, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("weights", ["DEFAULT", "default", "imagenet1k_v1", BVLC])
+def test_a_name_stands_for_the_weights_of_the_variant(
+    weights: str | PublishedWeights,
+    caffemodel_file: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    monkeypatch.setattr(MEMBER, "_value_", server.weights(b"weights"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    bvlc = googlenet("bvlc", init_weights=False)
-    for load in (lambda: googlenet("bvlc", weights=weights, progress=False), lambda: load_weights(bvlc, weights)):
+    monkeypatch.setenv("TORCH_HOME", str(caffemodel_file.parent))
+    monkeypatch.setattr(BVLC, "_value_", server.weights(caffemodel_file.read_bytes(), like=BVLC))
+    model = googlenet("bvlc", weights=weights, progress=False)
+    assert_same(model.state_dict(), {k: v for k, v in read_state_dict(caffemodel_file).items() if not k.startswith("aux")})
+    assert model.transform_input is False
+    assert published_as(caffemodel_file) is BVLC
+    result = load_weights(model, weights, progress=False)
+    assert result.published is BVLC
+    assert result.path == caffemodel_file.parent / "hub" / "checkpoints" / "net.caffemodel"
+    assert model.transform_input is False
+    assert {key.partition(".")[0] for key in result.unexpected_keys} == {"aux1", "aux2"}
+
+
+@pytest.fixture(scope="module")
+def caffemodel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file like BVLC's, with weights drawn at random."""
+    path = tmp_path_factory.mktemp("caffe") / "x.caffemodel"
+    path.write_bytes(caffemodel(random_blobs(bvlc_layers()), "V1"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("weights", "variant", "own"),
+    [(MEMBER, "bvlc", "torchvision"), (BVLC, "torchvision", "bvlc"), (BVLC.value, "torchvision", "bvlc")],
+)
+def test_published_weights_are_not_fetched_for_another_variant(
+    weights: PublishedWeights | Weights, variant: VariantName, own: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = server.weights(b"weights")
+    monkeypatch.setattr(MEMBER, "_value_", served)
+    monkeypatch.setattr(BVLC, "_value_", replace(served, variant="bvlc"))
+    model = googlenet(variant, init_weights=False)
+    for load in (lambda: googlenet(variant, weights=weights, progress=False), lambda: load_weights(model, weights)):
         with pytest.raises(WeightsError) as error:
             load()
-        message = message_of(error)
-        assert "no weights are published for the 'bvlc' variant" in message
-        assert "give a .pth, .pt or .safetensors file" in message
+        said = f" is for the {own!r} variant, and the model is the {variant!r} variant: build a {own!r} model"
+        assert message_of(error).endswith(said)
+        assert message_of(error).startswith("bvlc_googlenet.caffemodel" if isinstance(weights, Weights) else str(weights))
     assert server.requests == []
-    with pytest.raises(WeightsError, match="truncated, damaged"):
-        googlenet(weights=weights, progress=False)
-    assert len(server.requests) == 1
+
+
+def test_a_fetched_file_that_is_no_weights_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for member, variant in ((MEMBER, "torchvision"), (BVLC, "bvlc")):
+        monkeypatch.setattr(member, "_value_", server.weights(b"weights", like=member))
+        with pytest.raises(WeightsError, match="truncated, damaged"):
+            googlenet(variant, weights="DEFAULT", progress=False)
+    assert len(server.requests) == 2
 
 
 def test_weights_of_your_own_are_fetched_and_leave_the_input_transform(server: Server, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cases import assert_same, message_of, save_tensors, tiny_state
 from torch import Tensor, nn
 
 from googlenet_fused.weights import WeightsError, read_state_dict
+from googlenet_fused.weights.files import SUFFIXES
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.PTH", "w.safetensors"])
@@ -75,7 +76,7 @@ def test_read_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "pipe.pth")
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".caffemodel"])
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -117,10 +118,13 @@ def test_read_gives_the_cause_where_it_says_something(content: bytes, cause: str
 
 
 def test_read_refuses_other_suffixes(tmp_path: Path) -> None:
-    for name in ("w.onnx", "w.caffemodel", "w"):
+    for name in ("w.onnx", "w.caffemodel.h5", "w"):
         (tmp_path / name).write_bytes(b"data")
-        with pytest.raises(WeightsError, match=r"unsupported suffix .*\.pth, \.pt, \.safetensors and \.npz"):
+        with pytest.raises(WeightsError) as error:
             read_state_dict(tmp_path / name)
+        text = message_of(error)
+        assert f"unsupported suffix {Path(name).suffix!r}; weights are read from .pth, .pt, " in text
+        assert all(suffix in text for suffix in SUFFIXES)
 
 
 @pytest.mark.parametrize(

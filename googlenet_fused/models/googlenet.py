@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -22,8 +21,8 @@ from googlenet_fused.blocks import BasicConv2d, ConvBlock, Inception, LocalRespo
 from googlenet_fused.models.same import SameMaxPool2d, SamePadding2d
 from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD, PREPARATIONS
 from googlenet_fused.spec import GOOGLENET_SPECS, STEM_WIDTH
-from googlenet_fused.weights import GoogLeNet_Weights, Weights, load_weights
-from googlenet_fused.weights.load import resolve
+from googlenet_fused.weights import load_weights
+from googlenet_fused.weights.load import Source, resolve
 
 VariantName = Literal["torchvision", "bvlc", "slim"]
 AuxPool = Literal["adaptive", "5x5/3"]
@@ -327,7 +326,7 @@ class GoogLeNet(nn.Module):
 def googlenet(
     variant: VariantName = "torchvision",
     *,
-    weights: str | Path | GoogLeNet_Weights | Weights | None = None,
+    weights: Source | None = None,
     progress: bool = True,
     num_classes: int = 1000,
     aux_logits: bool | None = None,
@@ -340,9 +339,10 @@ def googlenet(
 
     Args:
         variant: which form of the network.
-        weights: a file that ``read_state_dict`` reads, or the published weights of ``"torchvision"``,
-            ``GoogLeNet_Weights.DEFAULT`` or ``"DEFAULT"``, which are downloaded once. With these ``transform_input`` becomes
-            True, as they expect.
+        weights: a file that ``read_state_dict`` reads, or the variant's published weights, which are downloaded once:
+            ``"DEFAULT"``, or the member itself, ``GoogLeNet_Weights.DEFAULT`` for ``"torchvision"`` and
+            ``BVLC_GoogLeNet_Weights.DEFAULT`` for ``"bvlc"``; there are none for ``"slim"``. With torchvision's
+            ``transform_input`` becomes True, as they expect.
         progress: whether a download shows its progress.
         aux_logits: whether the auxiliary heads are there; by default only without ``weights``, as in torchvision.
         num_classes, transform_input, init_weights, dropout, dropout_aux: as ``GoogLeNet`` takes them.
@@ -352,7 +352,8 @@ def googlenet(
         TypeError: ``weights`` is something else.
         ValueError: as ``GoogLeNet`` raises it.
     """
-    weights = None if weights is None else resolve(weights, "weights")
+    # An unknown variant is refused below, by GoogLeNet.
+    weights = None if weights is None else resolve(weights, "weights", variant if variant in VARIANTS else None)
     aux_logits = weights is None if aux_logits is None else aux_logits
     init_weights = init_weights and weights is None
     model = GoogLeNet(

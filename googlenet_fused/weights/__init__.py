@@ -5,12 +5,14 @@ from googlenet_fused.weights.download import fetch, published_as
 from googlenet_fused.weights.errors import WeightsError
 from googlenet_fused.weights.files import read_state_dict
 from googlenet_fused.weights.load import LoadedWeights, load_weights
-from googlenet_fused.weights.published import GoogLeNet_Weights, Weights
+from googlenet_fused.weights.published import BVLC_GoogLeNet_Weights, GoogLeNet_Weights, PublishedWeights, Weights
 
 __all__ = [
+    "BVLC_GoogLeNet_Weights",
     "Description",
     "GoogLeNet_Weights",
     "LoadedWeights",
+    "PublishedWeights",
     "Weights",
     "WeightsError",
     "fetch",

@@ -15,7 +15,7 @@ from urllib.error import HTTPError, URLError
 import torch
 
 from googlenet_fused.weights.errors import WeightsError
-from googlenet_fused.weights.published import GoogLeNet_Weights, Weights
+from googlenet_fused.weights.published import PUBLISHED, PublishedWeights, Weights
 
 TIMEOUT_SECONDS = 10.0
 """How long one address may stay silent, on connecting and between two blocks of data."""
@@ -27,14 +27,15 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def published_as(path: str | os.PathLike[str]) -> GoogLeNet_Weights | None:
+def published_as(path: str | os.PathLike[str]) -> PublishedWeights | None:
     """The published weights that this very file is, told by its SHA-256, or ``None``."""
     digest = sha256_of(path)
-    return next((weights for weights in GoogLeNet_Weights if digest.startswith(weights.sha256)), None)
+    published = (weights for members in PUBLISHED.values() for weights in members)
+    return next((weights for weights in published if digest.startswith(weights.sha256)), None)
 
 
 def fetch(
-    weights: GoogLeNet_Weights | Weights,
+    weights: PublishedWeights | Weights,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     *,
@@ -46,20 +47,26 @@ def fetch(
     already there is checked too: torch.hub does not do that.
 
     Args:
-        weights: a member of ``GoogLeNet_Weights``, or a ``Weights`` of your own.
+        weights: a member of ``GoogLeNet_Weights`` or ``BVLC_GoogLeNet_Weights``, or a ``Weights`` of your own.
         cache_dir: the folder of the file; torch.hub's (``$TORCH_HOME/hub/checkpoints``) unless given.
         progress: show a progress bar on stderr while downloading.
         timeout: seconds that one address of the server may stay silent.
 
     Raises:
-        WeightsError: there is no network, the server refuses, the download or the cached file has the wrong SHA-256, or the
-            cache cannot be written.
+        WeightsError: there is no network, the server refuses, the download or the cached file has the wrong size or SHA-256,
+            or the cache cannot be written.
     """
     folder = Path(torch.hub.get_dir(), "checkpoints") if cache_dir is None else Path(cache_dir)
     path = folder.expanduser() / weights.filename
     if not path.exists():
         _download(weights, path, progress, timeout)
     try:
+        size = path.stat().st_size
+        if weights.size not in (None, size):
+            raise WeightsError(
+                f"the cached file {path} is not {weights.filename}: it has {size} bytes, expected {weights.size}; "
+                "delete it to download it again"
+            )
         digest = sha256_of(path)
     except OSError as error:
         raise WeightsError(f"cannot read the cached weights {path}: {error.strerror or error}") from error
@@ -71,7 +78,7 @@ def fetch(
     return path
 
 
-def _download(weights: GoogLeNet_Weights | Weights, path: Path, progress: bool, timeout: float) -> None:
+def _download(weights: PublishedWeights | Weights, path: Path, progress: bool, timeout: float) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if progress:

@@ -6,18 +6,19 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from googlenet_fused.weights import npz
+from googlenet_fused.messages import listed
+from googlenet_fused.weights import caffe, npz
+from googlenet_fused.weights.caffe_names import bvlc_state_dict
 from googlenet_fused.weights.errors import WeightsError
 from googlenet_fused.weights.slim import from_slim
 
-TORCH_SUFFIXES = (".pth", ".pt")
 SAFETENSORS_SUFFIX = ".safetensors"
 
 _WRAPPERS = ("state_dict", "model")
@@ -36,11 +37,12 @@ _SAYS_NOTHING = re.compile(r"\S+$|Unsupported operand|pop from empty|(list )?ind
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a ``.pth``, ``.pt``, ``.safetensors`` or ``.npz`` file, on the CPU, in the file's order.
+    """The tensors of a ``.pth``, ``.pt``, ``.safetensors``, ``.npz`` or ``.caffemodel`` file, on the CPU, in the file's order.
 
     A checkpoint that keeps them under ``"state_dict"`` or ``"model"`` is opened, and ``module.`` or ``_orig_mod.`` before
     every key is taken off. Pickles are read with ``weights_only=True`` and never otherwise. The checksums inside a ``.pth``
-    are verified, which ``torch.load`` leaves out; files from before torch 1.6 and ``.safetensors`` carry none.
+    are verified, which ``torch.load`` leaves out; files from before torch 1.6 and ``.safetensors`` carry none. A
+    ``.caffemodel`` is read as BVLC's GoogLeNet, in the order and with the keys of ``googlenet("bvlc")``.
 
     Variables of TF-slim's ``inception_v1``, known by their names, come under this package's keys: see ``slim.from_slim``.
 
@@ -51,12 +53,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path).expanduser()
     _check_file(path)
-    suffix = path.suffix.lower()
-    if suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX, npz.SUFFIX):
-        raise WeightsError(
-            f"{path}: unsupported suffix {path.suffix!r}; weights are read from .pth, .pt, .safetensors and .npz"
-        )
-    read = {SAFETENSORS_SUFFIX: _read_safetensors, npz.SUFFIX: npz.read_npz}.get(suffix, _read_torch)
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise WeightsError(f"{path}: unsupported suffix {path.suffix!r}; weights are read from {listed(SUFFIXES, 'and')}")
     return from_slim(path, _strip_prefixes(_tensors_by_name(path, read(path))))
 
 
@@ -158,3 +157,15 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    SAFETENSORS_SUFFIX: _read_safetensors,
+    npz.SUFFIX: npz.read_npz,
+    caffe.SUFFIX: bvlc_state_dict,
+}
+
+SUFFIXES = tuple(_READERS)
+"""What the name of a file of weights ends with, in either case."""

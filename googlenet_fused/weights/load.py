@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from googlenet_fused.messages import listed
+from googlenet_fused.weights.description import read_description
 from googlenet_fused.weights.download import fetch, published_as
 from googlenet_fused.weights.errors import WeightsError
-from googlenet_fused.weights.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, read_state_dict
-from googlenet_fused.weights.npz import SUFFIX as NPZ_SUFFIX
-from googlenet_fused.weights.published import GoogLeNet_Weights, Weights
+from googlenet_fused.weights.files import SUFFIXES, read_state_dict
+from googlenet_fused.weights.published import PUBLISHED, GoogLeNet_Weights, PublishedWeights, Weights
+
+Source = str | os.PathLike[str] | PublishedWeights | Weights
+"""What weights may be given as: a file, published weights or their name, or ``Weights`` of your own."""
 
 _AUX_HEADS = ("aux1.", "aux2.")
 _CLASSIFIERS = ("fc.", "aux1.fc2.", "aux2.fc2.")
@@ -25,14 +29,14 @@ class LoadedWeights(NamedTuple):
     """What ``load_weights`` did: the file, the published weights it was recognised as, and the keys that had no counterpart."""
 
     path: Path
-    published: GoogLeNet_Weights | None
+    published: PublishedWeights | None
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 def load_weights(
     model: nn.Module,
-    source: str | os.PathLike[str] | GoogLeNet_Weights | Weights,
+    source: Source,
     *,
     strict: bool = True,
     allow_nonfinite: bool = False,
@@ -41,37 +45,39 @@ def load_weights(
 ) -> LoadedWeights:
     """Loads a file or published weights into ``model``, in place; values are converted to the model's dtypes and devices.
 
-    Published weights expect inputs in [-1, 1], so a model with an attribute ``transform_input`` always gets it set to ``True``,
-    as torchvision does when weights are given; their file given as a local path is recognised by its SHA-256 and treated alike.
-    Every other file leaves the attribute as it is, a conversion of the published weights to another format included.
+    torchvision's published weights expect inputs in [-1, 1], so a model with an attribute ``transform_input`` always gets it
+    set to ``True``, as torchvision does when weights are given; their file given as a local path is recognised by its SHA-256
+    and treated alike. A ``.safetensors`` file with a ``Description`` says itself what the attribute is to be. Every other file
+    leaves it as it is.
 
     Two differences are normal and pass: auxiliary heads in the file when the model has none, and ``num_batches_tracked`` on one
     side only (files from before torch 0.4.1 lack it; inference does not use it).
 
     Args:
         model: the model to load; untouched if anything is wrong.
-        source: a file that ``read_state_dict`` reads, a member of ``GoogLeNet_Weights`` or its name in any case, or a
-            ``Weights``.
+        source: a file as ``read_state_dict`` takes it, a member of ``GoogLeNet_Weights`` or ``BVLC_GoogLeNet_Weights``, or its
+            name in any case, which stands for the weights of the model's own variant, or a ``Weights``.
         strict: refuse missing and unexpected keys. Shapes and dtypes must fit in any case.
         allow_nonfinite: accept NaN and infinite values.
         cache_dir: where published weights are kept (see ``fetch``).
         progress: show a progress bar while downloading.
 
     Raises:
-        WeightsError: the weights cannot be had or read, or do not fit: the first wrong key in the model's order is named, with
-            both shapes.
+        WeightsError: the weights cannot be had or read, are published or described as those of another variant, or do not fit:
+            the first wrong key in the model's order is named, with both shapes.
         TypeError: ``source`` is something else.
     """
-    source = resolve(source, "source")
     targets = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    variant = _built(model, targets)
-    if isinstance(source, GoogLeNet_Weights) and variant in ("bvlc", "slim"):
-        raise WeightsError(
-            f"no weights are published for the {variant!r} variant, and {source} is for 'torchvision': "
-            "give a .pth, .pt or .safetensors file of the variant's weights instead"
-        )
-    path = source if isinstance(source, Path) else fetch(source, cache_dir, progress)
+    variant = _variant_of_model(model, targets)
+    found = resolve(source, "source", variant)
+    if not isinstance(found, Path):
+        name = found.filename if isinstance(found, Weights) else str(found)
+        _check_variant(name, "is", found.variant, variant)
+    path = found if isinstance(found, Path) else fetch(found, cache_dir, progress)
     tensors = read_state_dict(path)
+    description = read_description(path)
+    if description is not None:
+        _check_variant(str(path), "says that it is", description.variant, variant)
     missing = [key for key in targets if key not in tensors]
     unexpected = [key for key in tensors if key not in targets]
     wrong = {}
@@ -90,36 +96,70 @@ def load_weights(
     if published is not None and variant == "slim":
         raise WeightsError(f"{path} is {published.filename}, which is for the 'torchvision' variant, and the model is 'slim'")
     model.load_state_dict({key: tensors[key] for key in targets if key in tensors}, strict=False)
-    if published is not None and hasattr(model, "transform_input"):
-        model.transform_input = True  # type: ignore[assignment]
+    if hasattr(model, "transform_input"):
+        if isinstance(published, GoogLeNet_Weights):
+            model.transform_input = True  # type: ignore[assignment]
+        elif description is not None:
+            model.transform_input = description.transform_input  # type: ignore[assignment]
     return LoadedWeights(path, published, missing, unexpected)
 
 
-def resolve(source: str | os.PathLike[str] | GoogLeNet_Weights | Weights, argument: str) -> Path | GoogLeNet_Weights | Weights:
-    """What ``source`` stands for; nothing is read or downloaded. ``argument`` is what the caller's signature calls it.
+def resolve(source: Source, argument: str, variant: str | None = None) -> Path | PublishedWeights | Weights:
+    """What ``source`` stands for; nothing is read or downloaded.
+
+    Args:
+        argument: what the caller's signature calls it.
+        variant: whose published weights a name stands for; None is torchvision's.
 
     Raises:
-        WeightsError: a string is neither a file nor the name of published weights.
+        WeightsError: a string is neither a file nor the name of published weights, or there are none for the variant.
         TypeError: ``source`` is something else.
     """
     if isinstance(source, str):
-        if source.upper() in GoogLeNet_Weights.__members__:
-            return GoogLeNet_Weights[source.upper()]
+        members = PUBLISHED.get(variant or "torchvision")
+        names = sorted(members.__members__) if members else []
+        if members and source.upper() in names:
+            return members[source.upper()]
         path = Path(source).expanduser()
-        if path.suffix.lower() not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX, NPZ_SUFFIX) and not path.exists():
-            names = " or ".join(map(repr, sorted(GoogLeNet_Weights.__members__)))
-            raise WeightsError(
-                f"{source}: there is no such file, and no published weights of that name: "
-                f"give a .pth, .pt or .safetensors file, {names}"
-            )
-        return path
-    if isinstance(source, GoogLeNet_Weights | Weights):
+        if path.suffix.lower() in SUFFIXES or path.exists():
+            return path
+        if not members and any(source.upper() in others.__members__ for others in PUBLISHED.values()):
+            raise WeightsError(f"no weights are published for the {variant!r} variant: give a {listed(SUFFIXES, 'or')} file")
+        known = (
+            listed([f"a {', '.join(SUFFIXES)} file", *map(repr, names)], "or") if names else f"a {listed(SUFFIXES, 'or')} file"
+        )
+        raise WeightsError(f"{source}: there is no such file, and no published weights of that name: give {known}")
+    if isinstance(source, PublishedWeights | Weights):
         return source
     if isinstance(source, os.PathLike):
         return Path(source).expanduser()
     kind = f"{type(source).__module__}.{type(source).__qualname__}".removeprefix("builtins.")
     got = f"{source!r} ({kind})" if isinstance(source, int | float | Enum) else kind
-    raise TypeError(f"{argument} must be a path, a member of googlenet_fused.GoogLeNet_Weights or its name, got {got}")
+    names = " or ".join(f"googlenet_fused.{members.__name__}" for members in PUBLISHED.values())
+    raise TypeError(f"{argument} must be a path, a member of {names} or its name, got {got}")
+
+
+def variant_of(keys: Iterable[str]) -> str | None:
+    """Which variant of GoogLeNet a state_dict comes from, by the first convolution's companions; None if it is none."""
+    keys = set(keys)
+    if "conv1.conv.weight" not in keys:
+        return None
+    if "conv1.bn.running_mean" in keys:
+        return "torchvision"
+    return "bvlc" if "conv1.conv.bias" in keys else None
+
+
+def _variant_of_model(model: nn.Module, targets: Mapping[str, Tensor]) -> str | None:
+    """As the model says itself, if it is a GoogLeNet: keys cannot tell all of them apart."""
+    said, found = getattr(model, "variant", None), variant_of(targets)
+    return said if found is not None and isinstance(said, str) else found
+
+
+def _check_variant(what: str, verb: str, held: str | None, built: str | None) -> None:
+    if held is not None and built is not None and held != built:
+        raise WeightsError(
+            f"{what} {verb} for the {held!r} variant, and the model is the {built!r} variant: build a {held!r} model"
+        )
 
 
 def _fault(value: Tensor | None, target: Tensor, *, optional: bool, allow_nonfinite: bool) -> str | None:
@@ -163,8 +203,8 @@ def _count(count: int, what: str) -> str:
 
 def _hint(model: nn.Module, wrong: Mapping[str, str], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> str:
     """The likely cause in words, where the keys give it away."""
-    held, built = _variant(tensors), _built(model, targets)
-    if held and built and held != _variant(targets):
+    held, built = variant_of(tensors), _variant_of_model(model, targets)
+    if held and built and held != variant_of(targets):
         return f". The file holds the {held!r} variant ({_TRAITS[held]}), the model is the {built!r} variant ({_TRAITS[built]})"
     if wrong and all(key.startswith(_AUX_HEADS) and key not in tensors for key in wrong):
         return ". The file has no auxiliary heads: build the model with aux_logits=False"
@@ -176,18 +216,3 @@ def _hint(model: nn.Module, wrong: Mapping[str, str], tensors: Mapping[str, Tens
 
 _BATCH_NORM = "batch norm, no convolution bias"
 _TRAITS = {"torchvision": _BATCH_NORM, "slim": _BATCH_NORM, "bvlc": "convolution biases, no batch norm"}
-
-
-def _built(model: nn.Module, keys: Iterable[str]) -> str | None:
-    """Which variant of GoogLeNet a model is, by its keys: slim's, which are torchvision's, need the model's own word."""
-    return "slim" if getattr(model, "variant", None) == "slim" else _variant(keys)
-
-
-def _variant(keys: Iterable[str]) -> str | None:
-    """Which variant of GoogLeNet a state_dict comes from, by the first convolution's companions."""
-    keys = set(keys)
-    if "conv1.conv.weight" not in keys:
-        return None
-    if "conv1.bn.running_mean" in keys:
-        return "torchvision"
-    return "bvlc" if "conv1.conv.bias" in keys else None
