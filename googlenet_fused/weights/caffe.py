@@ -68,8 +68,16 @@ def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, list[Tensor]]:
             layer and the offset.
     """
     path = Path(path).expanduser()
-    reader = Reader(_content(path), MAX_FIELDS)
-    place = _Place()
+    return parse_caffemodel(_content(path), path)
+
+
+def parse_caffemodel(content: bytes, path: Path) -> dict[str, list[Tensor]]:
+    """As ``read_caffemodel``, of a file's content; the path is for messages.
+
+    Raises:
+        WeightsError: as there.
+    """
+    reader, place = Reader(content, MAX_FIELDS), _Place()
     try:
         layers = _layers(reader, place)
     except WireError as error:

@@ -80,7 +80,15 @@ def bvlc_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             place for, or one of another shape. The first such layer is named.
     """
     path = Path(path).expanduser()
-    blobs = read_caffemodel(path)
+    return state_dict_of(read_caffemodel(path), path)
+
+
+def state_dict_of(blobs: Blobs, path: Path) -> dict[str, Tensor]:
+    """As ``bvlc_state_dict``, of what ``read_caffemodel`` found in a file; the path is for messages.
+
+    Raises:
+        WeightsError: as there.
+    """
     heads = HEADS if any(name.startswith(("loss1/", "loss2/")) for name in blobs) else ()
     layers = (*BODY, *heads, CLASSIFIER)
     names = {layer: layer.name for layer in layers} | _renamed(blobs, layers)
