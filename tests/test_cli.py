@@ -29,7 +29,7 @@ from googlenet_fused.cli import main
 from googlenet_fused.images import sample_photographs
 from googlenet_fused.weights import WeightsError
 
-COMMANDS = ("doctor", "demo", "classify", "evaluate", "bench", "tune")
+COMMANDS = ("doctor", "demo", "classify", "convert", "evaluate", "bench", "tune")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The command ``googlenet-fused``: doctor, demo, classify, evaluate, bench, tune.
+"""The command ``googlenet-fused``: doctor, demo, classify, convert, evaluate, bench, tune.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130
 interrupted. A user's mistake is answered with one line; a traceback means a defect of this package. What the package logs from
@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from googlenet_fused import __version__
-from googlenet_fused.cli import bench, classify, demo, doctor, evaluate, train, tune
+from googlenet_fused.cli import bench, classify, convert, demo, doctor, evaluate, train, tune
 from googlenet_fused.cli.common import PROG, CommandError, UsageError, failed, say
 
 __all__ = ["main"]
 
-COMMANDS = (doctor, demo, classify, train, evaluate, bench, tune)
+COMMANDS = (doctor, demo, classify, convert, train, evaluate, bench, tune)
 """In the order in which the help lists them."""
 
 OPTIONAL = frozenset({"matplotlib", "PIL", "rich"})

@@ -29,7 +29,11 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 def published_as(path: str | os.PathLike[str]) -> PublishedWeights | None:
     """The published weights that this very file is, told by its SHA-256, or ``None``."""
-    digest = sha256_of(path)
+    return published_with(sha256_of(path))
+
+
+def published_with(digest: str) -> PublishedWeights | None:
+    """The published weights whose file has this SHA-256, in hexadecimal, or ``None``."""
     published = (weights for members in PUBLISHED.values() for weights in members)
     return next((weights for weights in published if digest.startswith(weights.sha256)), None)
 

@@ -20,7 +20,7 @@ from googlenet_fused.weights.published import PUBLISHED, GoogLeNet_Weights, Publ
 Source = str | os.PathLike[str] | PublishedWeights | Weights
 """What weights may be given as: a file, published weights or their name, or ``Weights`` of your own."""
 
-_AUX_HEADS = ("aux1.", "aux2.")
+AUX_HEADS = ("aux1.", "aux2.")
 _CLASSIFIERS = ("fc.", "aux1.fc2.", "aux2.fc2.")
 _COUNTER = "num_batches_tracked"
 
@@ -85,8 +85,8 @@ def load_weights(
         optional = not strict or key.endswith(_COUNTER)
         if fault := _fault(tensors.get(key), target, optional=optional, allow_nonfinite=allow_nonfinite):
             wrong[key] = fault
-    has_heads = any(key.startswith(_AUX_HEADS) for key in targets)
-    surplus = [key for key in unexpected if not (key.endswith(_COUNTER) or (key.startswith(_AUX_HEADS) and not has_heads))]
+    has_heads = any(key.startswith(AUX_HEADS) for key in targets)
+    surplus = [key for key in unexpected if not (key.endswith(_COUNTER) or (key.startswith(AUX_HEADS) and not has_heads))]
     if wrong or (strict and surplus):
         raise WeightsError(_describe(path, model, wrong, surplus if strict else [], tensors, targets))
     if not any(key in tensors for key in targets):
@@ -206,7 +206,7 @@ def _hint(model: nn.Module, wrong: Mapping[str, str], tensors: Mapping[str, Tens
     held, built = variant_of(tensors), _variant_of_model(model, targets)
     if held and built and held != variant_of(targets):
         return f". The file holds the {held!r} variant ({_TRAITS[held]}), the model is the {built!r} variant ({_TRAITS[built]})"
-    if wrong and all(key.startswith(_AUX_HEADS) and key not in tensors for key in wrong):
+    if wrong and all(key.startswith(AUX_HEADS) and key not in tensors for key in wrong):
         return ". The file has no auxiliary heads: build the model with aux_logits=False"
     if "fc.bias" in tensors and "fc.bias" in wrong and all(key.startswith(_CLASSIFIERS) for key in wrong):
         classes = tensors["fc.bias"].numel()

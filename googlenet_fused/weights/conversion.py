@@ -1,0 +1,85 @@
+"""What a file of weights holds and where it comes from, to be said in a described file of the same weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from googlenet_fused.weights.description import Description, read_description
+from googlenet_fused.weights.download import published_with, sha256_of
+from googlenet_fused.weights.errors import WeightsError
+from googlenet_fused.weights.files import read_state_dict
+from googlenet_fused.weights.load import AUX_HEADS, variant_of
+from googlenet_fused.weights.published import PublishedWeights
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of weights holds.
+
+    Attributes:
+        variant: which GoogLeNet the weights are for.
+        num_classes: width of its classifier.
+        aux_logits: whether the auxiliary heads are there.
+        published: the published weights that the very file is, told by its SHA-256.
+        description: what the file says of itself.
+        sha256: the file's digest, in hexadecimal.
+    """
+
+    variant: str
+    num_classes: int
+    aux_logits: bool
+    published: PublishedWeights | None
+    description: Description | None
+    sha256: str
+
+
+def examine(path: str | os.PathLike[str], variant: str | None = None) -> Contents:
+    """What the file holds. The variant is what the file says of itself, else that of the published weights that it is, else
+    ``variant``, else the one that its keys belong to.
+
+    Raises:
+        WeightsError: the file cannot be read (see ``read_state_dict``), is no GoogLeNet, or is known to be for another variant.
+        ImportError: as ``read_state_dict`` raises it.
+    """
+    path = Path(path).expanduser()
+    tensors = read_state_dict(path)
+    digest = sha256_of(path)
+    description, published = read_description(path), published_with(digest)
+    known = description.variant if description else published.variant if published else None
+    if None not in (variant, known) and variant != known:
+        raise WeightsError(f"{path} is for the {known!r} variant, not for {variant!r}: leave the variant out, or say {known!r}")
+    found = known or variant or variant_of(tensors)
+    classifier = tensors.get("fc.weight")
+    if found is None or classifier is None or classifier.dim() != 2:
+        raise WeightsError(f"{path} is no GoogLeNet: it lacks conv1.conv.weight, its companions, or a classifier fc.weight")
+    heads = any(key.startswith(AUX_HEADS) for key in tensors)
+    return Contents(found, classifier.shape[0], heads, published, description, digest)
+
+
+def describe(path: str | os.PathLike[str], contents: Contents, transform_input: bool) -> Description:
+    """The description of the weights in another file, which names this one and its SHA-256 as their source.
+
+    Names of classes are those of the file's own description or of the published weights, the latter if torchvision is there.
+    """
+    own, published = contents.description, contents.published
+    source = f"{Path(path).name}, SHA-256 {contents.sha256}"
+    if published is not None:
+        source += f", which is {published} from {published.url}"
+    elif own is not None and own.source:
+        source += f", made from {own.source}"
+    if own is not None:
+        classes, resize, crop = own.classes, own.resize, own.crop
+    else:
+        classes, resize, crop = _categories(published), Description.resize, Description.crop
+    return Description(contents.variant, contents.num_classes, classes, transform_input, resize, crop, source)
+
+
+def _categories(published: PublishedWeights | None) -> tuple[str, ...] | None:
+    if published is None:
+        return None
+    try:
+        return tuple(published.meta["categories"])
+    except ImportError:
+        return None
