@@ -119,7 +119,7 @@ def seeded_network(variant: VariantName = "torchvision", seed: int = 0, *, trans
 def load_network(
     source: str | Path | GoogLeNet_Weights, variant: VariantName = "torchvision", *, transform_input: bool = False
 ) -> Network:
-    """The network with trained weights, in eval mode. A warning says what had to be assumed of any but the published file.
+    """The network with trained weights, in eval mode. A warning says what is assumed of any but torchvision's published file.
 
     Args:
         source: as ``load_weights`` takes it.
@@ -133,10 +133,11 @@ def load_network(
     model = googlenet(variant, aux_logits=False, transform_input=transform_input, init_weights=False)
     loaded = load_weights(model, source)
     words = "torchvision's published ImageNet weights"
-    if loaded.published is None:
+    if not isinstance(loaded.published, GoogLeNet_Weights):
         words = f"the weights in {loaded.path}"
-        assumed = _assumed_input(variant, transform_input)
-        logger.warning("%s is not the published file; assumed are ImageNet's classes and %s", loaded.path, assumed)
+        what = "is not the published file" if loaded.published is None else f"is {loaded.published}"
+        assumed = _assumed_input(variant, model.transform_input)
+        logger.warning("%s %s; assumed are ImageNet's classes and %s", loaded.path, what, assumed)
     return Network(model.eval(), words, GoogLeNet_Weights.DEFAULT.meta["categories"], loaded.path)
 
 

@@ -334,7 +334,7 @@ def test_classify_refuses_weights_in_one_line(
         assert said in line
     assert main(["classify", image, "--variant", "bvlc"]) == 1
     (line,) = errors(capsys)
-    assert "no weights are published for the bvlc variant" in line
+    assert "the weights fetched by default are for the torchvision variant, not for bvlc" in line
 
 
 def test_classify_with_nothing_to_classify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -373,6 +373,23 @@ def test_a_fetched_file_that_is_no_weights_is_refused(server: Server, monkeypatc
     assert len(server.requests) == 2
 
 
+def test_a_published_file_is_not_loaded_into_another_variant_of_the_same_keys(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_tensors(tiny_state(), tmp_path / "w.pth")
+    monkeypatch.setattr(MEMBER, "_value_", server.weights(path.read_bytes()))
+    model = TinyNet()
+    model.variant = "of my own"  # type: ignore[assignment]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, path)
+    assert message_of(error).startswith(
+        f"{path}, which is {MEMBER}, is for the 'torchvision' variant, and the model is the 'of my"
+    )
+    assert_same(model.state_dict(), before)
+    assert model.transform_input is False
+
+
 def test_weights_of_your_own_are_fetched_and_leave_the_input_transform(server: Server, tmp_path: Path) -> None:
     weights = server.weights(save_tensors(tiny_state(), tmp_path / "w.pth").read_bytes())
     model = TinyNet()

@@ -127,8 +127,8 @@ def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, Network]:
     else:
         if source == "default" and variant != "torchvision":
             raise CommandError(
-                f"no weights are published for the {variant} variant: give a file with --weights FILE, "
-                "or run the untrained demonstration net with --weights random"
+                f"the weights fetched by default are for the torchvision variant, not for {variant}: "
+                "give a file with --weights FILE, or run the untrained demonstration net with --weights random"
             )
         try:
             published = GoogLeNet_Weights.DEFAULT if source == "default" else source

@@ -93,8 +93,8 @@ def load_weights(
         raise WeightsError(f"{path} does not fit the model ({type(model).__name__}): they have no key in common")
 
     published = published_as(path)
-    if published is not None and variant == "slim":
-        raise WeightsError(f"{path} is {published.filename}, which is for the 'torchvision' variant, and the model is 'slim'")
+    if published is not None:
+        _check_variant(f"{path}, which is {published},", "is", published.variant, variant)
     model.load_state_dict({key: tensors[key] for key in targets if key in tensors}, strict=False)
     if hasattr(model, "transform_input"):
         if isinstance(published, GoogLeNet_Weights):
