@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -242,8 +243,13 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "none.caffemodel", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(WeightsError, match=f"cannot be read: {reason}") as error:
+    os.mkfifo(tmp_path / "pipe.caffemodel")
+    for path, reason in (
+        (tmp_path / "none.caffemodel", "cannot be read: No such file"),
+        (tmp_path, "is not a regular file"),
+        (tmp_path / "pipe.caffemodel", "is not a regular file"),
+    ):
+        with pytest.raises(WeightsError, match=reason) as error:
             read_caffemodel(path)
         assert message_of(error).startswith(str(path))
 

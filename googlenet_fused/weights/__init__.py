@@ -1,5 +1,6 @@
 """Weights of GoogLeNet: published ones by name, local files, and loading that either succeeds or leaves the model as it was."""
 
+from googlenet_fused.weights.caffe import read_caffemodel
 from googlenet_fused.weights.description import Description, read_description, save_described
 from googlenet_fused.weights.download import fetch, published_as
 from googlenet_fused.weights.errors import WeightsError
@@ -18,6 +19,7 @@ __all__ = [
     "fetch",
     "load_weights",
     "published_as",
+    "read_caffemodel",
     "read_description",
     "read_state_dict",
     "save_described",

@@ -63,9 +63,9 @@ def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, list[Tensor]]:
     within some three times the size of the file, time within a second or two. Gradients in the file are passed over.
 
     Raises:
-        WeightsError: the file is missing, is larger than ``MAX_BYTES``, is truncated or damaged, has more layers, blobs or
-            dimensions than the limits above, or holds no blobs; or a blob's values do not fill its shape. The message names the
-            layer and the offset.
+        WeightsError: the file is missing or no regular one, is larger than ``MAX_BYTES``, is truncated or damaged, has more
+            layers, blobs or dimensions than the limits above, or holds no blobs; or a blob's values do not fill its shape. The
+            message names the layer and the offset.
     """
     path = Path(path).expanduser()
     return parse_caffemodel(_content(path), path)
@@ -104,6 +104,8 @@ class _Place:
 
 
 def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise WeightsError(f"{path} is not a regular file")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
