@@ -200,6 +200,10 @@ def test_a_classifier_under_a_name_of_its_own_is_found(heads: bool, names: dict[
 @pytest.mark.parametrize(
     ("change", "hint"),
     [
+        (
+            both(remove("loss1/classifier"), rename(loss3="b")),
+            "and 'b' stands for 'loss1/classifier', give the layer that name",
+        ),
         (rename(loss1="a", loss3="b"), "and 'a' stands for 'loss1/classifier', give the layer that name"),
         (both(rename(loss3="b"), put("c", (2, 1024), (2,))), "and 'b' stands for 'loss3/classifier', give the layer that name"),
         (

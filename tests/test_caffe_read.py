@@ -260,6 +260,7 @@ COSTLY: dict[str, Callable[[int], bytes]] = {
     "packed values apart": lambda count: layer("a", [b"\x2a\x04abcd" * count]),
     "long numbers": lambda count: layer("a", [number(1, 2**64 - 1) * count]),
     "long shapes": lambda count: layer("a", [(message(7, message(1, b"\x81\x80\x00" * 32)) + b"\x2a\x04abcd") * count]),
+    "dimensions": lambda count: layer("a", [message(7, message(1, b"\x81\x01" * 40 * count))]),
     "layers": lambda count: b"".join(layer(str(index), [message(5, b"abcd")]) for index in range(count)),
     "layers without blobs": lambda count: layer("a", []) * count,
     "blobs": lambda count: layer("a", [message(5, b"abcd")] * count),
@@ -309,3 +310,24 @@ def test_numbers_end_with_their_message() -> None:
             reader.varint(at, end)
         assert error.value.at == at
     assert Reader(varint(2**64 - 1), 1).varint(0, 10) == (2**64 - 1, 10)
+
+
+@pytest.mark.parametrize(
+    ("content", "end"),
+    [
+        (b"\x2dabcd\x2dabcd\x2dabcd", 15),
+        (b"\x2dabcd\x2dabcd\x2dabc", 10),  # the last one is cut off
+        (b"\x2dabcd\x2dabcd\x2d", 10),
+        (b"\x2dabcd\x2dabcd\x2eabcd\x2dabcd", 10),
+        (b"\x2dabcd", 5),
+        (b"\xad\x80\x00abcd\xad\x01abcdxy", 7),  # another field, whose tag begins as this one's
+    ],
+)
+def test_where_a_run_of_single_values_ends(content: bytes, end: int) -> None:
+    reader = Reader(content + b"\x2dabcd" * 3, 10)
+    assert reader.run_end(reader.read(0, len(content)), len(content)) == end
+
+
+def test_a_value_that_is_cut_off_is_not_completed_by_what_follows_the_blob(tmp_path: Path) -> None:
+    content = message(7, blob(VALUES, kind="unpacked")[:-2]) + number(2**14, 1)
+    assert "field 5 has 4 bytes, and its message only 2 more" in refusal(tmp_path, message(100, message(1, b"a") + content))

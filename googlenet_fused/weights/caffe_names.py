@@ -132,8 +132,7 @@ def _fault(blobs: list[Tensor] | None, layer: CaffeLayer) -> str | None:
     width = layer.weight[0] or bias.numel()
     for what, blob, shape in (("weight", weight, (width, *layer.weight[1:])), ("bias", bias, (width,))):
         # Caffe's first format gives every blob four dimensions, the leading ones 1.
-        leading = blob.dim() - len(shape)
-        if leading < 0 or tuple(blob.shape) != (1,) * leading + shape:
+        if tuple(blob.shape) != (1,) * (blob.dim() - len(shape)) + shape:
             classes = "classes" if layer.weight[0] == 0 and what == "weight" else width
             due = ", ".join(map(str, (classes, *shape[1:])))
             return f"has a {what} of shape {list(blob.shape)} and not [{due}]"
