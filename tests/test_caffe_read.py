@@ -260,7 +260,7 @@ COSTLY: dict[str, Callable[[int], bytes]] = {
     "packed values apart": lambda count: layer("a", [b"\x2a\x04abcd" * count]),
     "long numbers": lambda count: layer("a", [number(1, 2**64 - 1) * count]),
     "long shapes": lambda count: layer("a", [(message(7, message(1, b"\x81\x80\x00" * 32)) + b"\x2a\x04abcd") * count]),
-    "dimensions": lambda count: layer("a", [message(7, message(1, b"\x81\x01" * 40 * count))]),
+    "dimensions": lambda count: layer("a", [message(7, message(1, varint(300) * 40 * count))]),
     "layers": lambda count: b"".join(layer(str(index), [message(5, b"abcd")]) for index in range(count)),
     "layers without blobs": lambda count: layer("a", []) * count,
     "blobs": lambda count: layer("a", [message(5, b"abcd")] * count),
