@@ -26,6 +26,7 @@ from googlenet_fused.evaluation import (
 from googlenet_fused.preparation import PREPARATIONS
 from googlenet_fused.randomize import randomize_
 from googlenet_fused.weights import Description, GoogLeNet_Weights, WeightsError, load, save_described
+from googlenet_fused.weights.published import PUBLISHED
 
 NAMES = ("cat", "coffee", "rocket", "woman")
 
@@ -106,6 +107,10 @@ def test_default_is_the_published_file(monkeypatch: pytest.MonkeyPatch, plain: P
     with pytest.raises(EvaluationError, match="cannot be downloaded"):
         load_member("default")
     assert [str(each) for each in asked] == ["GoogLeNet_Weights.IMAGENET1K_V1"]
+    with pytest.raises(EvaluationError, match="cannot be downloaded"):
+        load_member("default", variant="bvlc")
+    assert [str(each) for each in asked] == ["GoogLeNet_Weights.IMAGENET1K_V1", "BVLC_GoogLeNet_Weights.IMAGENET1K_V1"]
+    monkeypatch.delitem(PUBLISHED, "bvlc")
     with pytest.raises(EvaluationError, match="no weights are published for the 'bvlc' variant: give a file"):
         load_member("default", variant="bvlc")
 

@@ -20,13 +20,13 @@ from googlenet_fused.models.googlenet import VARIANTS
 from googlenet_fused.preparation import PREPARATIONS, Preparation
 from googlenet_fused.weights import (
     Description,
-    GoogLeNet_Weights,
     WeightsError,
     fetch,
     load_weights,
     read_description,
     read_state_dict,
 )
+from googlenet_fused.weights.published import PUBLISHED
 
 DEFAULT = "default"
 """What stands for the published weights in place of a file."""
@@ -83,7 +83,7 @@ def load_member(
     has the width that the file gives it, and images are 224x224 out of 256.
 
     Args:
-        source: a ``.pth``, ``.pt`` or ``.safetensors`` file, or ``"default"`` for the published weights, downloaded once.
+        source: a file as ``read_state_dict`` takes it, or ``"default"`` for the variant's published weights, downloaded once.
         variant: which GoogLeNet the weights are for; None takes what the file says, else ``"torchvision"``.
         transform_input: whether the weights expect input in [-1, 1]; of the published file, and of a file that says so, it is
             known. The ``"torchvision"`` variant only.
@@ -140,9 +140,10 @@ def load_member(
 def _find(source: str | os.PathLike[str], variant: str | None, transform_input: bool) -> tuple[Path, Description]:
     """The file, and what it says of itself or else what has to be assumed."""
     if str(source) == DEFAULT:
-        if variant not in (None, "torchvision"):
+        published = PUBLISHED.get(variant or "torchvision")
+        if published is None:
             raise EvaluationError(f"no weights are published for the {variant!r} variant: give a file of weights")
-        path = fetch(GoogLeNet_Weights.DEFAULT)
+        path = fetch(published["DEFAULT"])
     else:
         path = Path(source).expanduser()
     said = read_description(path) if path.is_file() else None
