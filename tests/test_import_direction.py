@@ -21,6 +21,7 @@ LAYERS = (
     ("modules",),
     ("lrn",),
     ("models", "convert"),
+    ("features",),
     ("__init__",),
     ("images", "info", "charts"),
     ("data",),
