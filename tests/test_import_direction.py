@@ -22,6 +22,7 @@ LAYERS = (
     ("lrn",),
     ("models", "convert"),
     ("features",),
+    ("dense",),
     ("__init__",),
     ("images", "info", "charts"),
     ("data",),
