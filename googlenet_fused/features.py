@@ -44,7 +44,8 @@ class Features(nn.Module):
     A result is the layer's own output, after the hooks on it, and no later layer changes it: ReLUs that work in place do
     change what ``conv1.conv`` of a plain GoogLeNet gave, so whatever others follow is copied. Gradients flow.
 
-    The layers are hooked for the time of a call. One model may serve several of these, in several threads.
+    The layers are hooked for the time of a call. One model may serve several of these, in several threads. To compile, compile
+    this module; its graphs end where layers asked for do.
 
     Raises:
         ValueError: in a call, a layer does not run (an auxiliary head in evaluation mode), or runs again before the last one
@@ -79,7 +80,10 @@ class Features(nn.Module):
             _check_not_inside_fused(self.model, name)
         mode = "training" if self.model.training else "evaluation"
         listed = ", ".join(map(repr, missed))
-        raise ValueError(f"features: in {mode} mode the model does not run {listed}; auxiliary heads run in training only")
+        raise ValueError(
+            f"features: in {mode} mode the model does not run {listed}; auxiliary heads run in training only, and a model from "
+            "torch.compile calls no layer by itself"
+        )
 
     def _hook(self, name: str, captured: Captured) -> Callable[[nn.Module, Any, Any], None]:
         def capture(module: nn.Module, arguments: Any, output: Any) -> None:

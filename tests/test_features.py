@@ -257,6 +257,21 @@ def test_only_tensors_are_features() -> None:
         features(3)  # type: ignore[arg-type]
 
 
+def test_compiled() -> None:
+    model = small_model()
+    extract = features(model, ["0", "1"])
+    with torch.no_grad():
+        compiled = torch.compile(extract, backend="eager")
+        for _ in range(2):
+            assert_same(compiled(X), extract(X))
+        assert hooks_on(model) == 0
+
+        whole = torch.compile(model, backend="eager")
+        whole(X)
+        with pytest.raises(ValueError, match=r"does not run '_orig_mod\.0'; .* torch.compile calls no layer by itself"):
+            features(whole, ["_orig_mod.0"])(X)
+
+
 def test_threads_share_a_model() -> None:
     model = small_model()
     extracts = [features(model, ["0", "1"]), features(model, ["0.conv"]), features(model, ["1.branch1"])]
