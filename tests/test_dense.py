@@ -136,16 +136,17 @@ def test_the_copy_shares_nothing_and_the_model_is_as_before(networks: dict[str, 
         assert finer.train()(x.repeat(2, 1, 1, 1)).shape == (2, 10)  # without auxiliary heads, which bvlc's size would not suit
 
 
-@pytest.mark.parametrize("host", ["torchvision's own", "bvlc"])
-def test_fused_models(networks: dict[str, nn.Module], host: str) -> None:
+@pytest.mark.parametrize(("host", "output_stride"), [("torchvision's own", 16), ("bvlc", 8)])
+def test_fused_models(networks: dict[str, nn.Module], host: str, output_stride: int) -> None:
     fast = fuse(copy.deepcopy(networks[host]).float())
-    finer = dense_backbone(fast, 16)
+    finer = dense_backbone(fast, output_stride)
     assert not hasattr(finer, "fusion_report")
     fast_again = fuse(finer)
     left = [name for name, fused in outcome(fast_again).items() if not fused]
-    assert left == ["inception5a", "inception5b"]
-    x = picture(64, 96).float()
-    torch.testing.assert_close(last_map(fast_again, x)[:, :, ::2, ::2], last_map(fast, x), rtol=1e-3, atol=1e-3)
+    dilated = [f"inception{block}" for block in ("4a", "4b", "4c", "4d", "4e", "5a", "5b")]
+    assert left == dilated[-2 if output_stride == 16 else 0 :]
+    x, step = picture(64, 96).float(), 32 // output_stride
+    torch.testing.assert_close(last_map(fast_again, x)[:, :, ::step, ::step], last_map(fast, x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ LAYERS = (
     ("modules",),
     ("lrn",),
     ("models", "convert"),
-    ("features",),
+    ("features", "regions"),
     ("dense",),
     ("__init__",),
     ("images", "info", "charts"),
