@@ -84,7 +84,7 @@ def _preparation_of(model: nn.Module) -> Preparation:
 
 
 def _windows(boxes: Tensor, height: int, width: int, scale: float) -> list[list[int]]:
-    """The boxes enlarged about their centres, in whole pixels, at least one wide and high; they may leave the image."""
+    """The boxes enlarged about their centres, in whole pixels, at least one in the image; they may leave it."""
     if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.is_complex() or boxes.dtype == torch.bool:
         raise ValueError(f"boxes must be numbers, [k, 4], got {list(boxes.shape)} of {boxes.dtype}")
     boxes = boxes.detach().to("cpu", torch.float64)
@@ -98,5 +98,5 @@ def _windows(boxes: Tensor, height: int, width: int, scale: float) -> list[list[
             f"0 <= y0 < y1 <= {height}; clip them to the image"
         )
     centre, half = (start + end) / 2, (end - start) / 2 * scale
-    start, end = (centre - half).round(), (centre + half).round()
+    start, end = torch.minimum((centre - half).round(), limits - 1), (centre + half).round()
     return torch.cat([start, torch.maximum(end, start + 1)], 1).long().tolist()

@@ -24,7 +24,8 @@ WINDOWS = [
     ([0, 0, 12, 24], (-1, -2, 13, 26)),  # at a corner
     ([52, 24, 64, 48], (51, 22, 65, 50)),  # at the other
     ([0, 0, 64, 48], (-5, -4, 69, 52)),  # the whole image
-    ([20.5, 10.25, 21, 10.75], (20, 10, 21, 11)),  # less than a pixel
+    ([20.1, 10.1, 20.3, 10.3], (20, 10, 21, 11)),  # less than a pixel
+    ([63.8, 47.8, 64, 48], (63, 47, 64, 48)),  # the same at the last corner, where it would round out of the image
 ]
 """Boxes, and what of the image they come to with 16 of 224 pixels of context."""
 
