@@ -86,10 +86,10 @@ def dense_backbone(model: nn.Module, output_stride: int = 16) -> nn.Module:
 
     For 16 the pool before 5a, for 8 that before 4a too, runs at every position, and what follows is dilated: by 2, and by 4
     after both. With ``step = 32 // output_stride``, ``dense[:, :, ::step, ::step]`` of inception5b is the map of ``model``
-    itself, at the borders too and for every image size. The positions between are those of the image less its first
-    ``output_stride`` rows or columns, or twice or thrice as many, except near the borders, where that image would end
-    elsewhere. The map of an image of h x w, multiples of 32, is ``[n, 1024, h / output_stride, w / output_stride]``; the pools
-    of other sizes round down as they do in ``model``.
+    itself, at the borders too and for every image size. The positions between are what ``model`` gives for windows of the same
+    size that begin ``output_stride`` pixels further down or right, or twice or thrice as many, where the ends of neither window
+    are in sight. The map of an image of h x w, multiples of 32, is ``[n, 1024, h / output_stride, w / output_stride]``; with
+    other sizes the pools round as they do in ``model``.
 
     The auxiliary heads are dropped. The copy's own logits are those of an average over all positions of the dense map. ``fuse``
     fuses what is not dilated; the rest stays plain and the report says so.
@@ -114,11 +114,7 @@ def dense_backbone(model: nn.Module, output_stride: int = 16) -> nn.Module:
         layer = getattr(dense, name)
         if not name.startswith("maxpool"):
             _dilate(layer, name, step)
-        elif type(layer) is not nn.MaxPool2d or [_single(layer.stride), _single(layer.padding), _single(layer.dilation)] != [
-            2,
-            0,
-            1,
-        ]:
+        elif type(layer) is not nn.MaxPool2d or _geometry(layer) != (2, 0, 1):
             raise ValueError(f"dense_backbone takes max pools of stride 2 without padding; {name} is {layer}")
         elif name in _REDUCED[output_stride]:
             setattr(dense, name, DilatedMaxPool2d(layer, step))
@@ -144,6 +140,10 @@ def _dilate(block: nn.Module, block_name: str, step: int) -> None:
             layer.padding = tuple(step * size for size in layer.padding)
         elif isinstance(layer, nn.MaxPool2d):
             block.set_submodule(name, DilatedMaxPool2d(layer, step))
+
+
+def _geometry(pool: nn.MaxPool2d) -> tuple[int, int, int]:
+    return _single(pool.stride), _single(pool.padding), _single(pool.dilation)
 
 
 def _single(size: int | tuple[int, ...]) -> int:
@@ -246,10 +246,10 @@ class FCN(nn.Module):
     """A network for segmentation: ``[n, 3, h, w] -> [n, num_classes, h, w]``, logits, on a copy of a GoogLeNet.
 
     A 1x1 convolution scores inception5b and each of ``skips``, from coarse to fine: scores are brought bilinearly to the next
-    finer grid and added, and in the end brought to the image's pixels. The grids are placed where the layers see the image
-    (:func:`grid_of`), which is up to half a stride away from where ``interpolate`` would put them. The score layers start at
-    zero, as in Long et al., section 4.3; there is no dropout. ``skips=()`` is their FCN-32s, the default FCN-16s, and
-    ``("inception3b", "inception4e")`` FCN-8s; upsampling is not learned.
+    finer grid and added, and in the end brought to the image's pixels. The grids lie where the layers see the image
+    (:func:`grid_of`), not where ``interpolate`` would put them. The score layers start at zero, as in Long et al., section
+    4.3; there is no dropout, and upsampling is not learned. ``skips=()`` corresponds to their FCN-32s, the default to FCN-16s,
+    ``("inception3b", "inception4e")`` to FCN-8s.
 
     Args:
         model: as :func:`dense_backbone` takes it. Prepare images as for it.
