@@ -142,7 +142,7 @@ def test_fused_models(networks: dict[str, nn.Module], host: str, output_stride: 
     finer = dense_backbone(fast, output_stride)
     assert not hasattr(finer, "fusion_report")
     fast_again = fuse(finer)
-    left = [name for name, fused in outcome(fast_again).items() if not fused]
+    left = [name for name, fused in outcome(fast_again).items() if not fused and name.startswith("inception")]
     dilated = [f"inception{block}" for block in ("4a", "4b", "4c", "4d", "4e", "5a", "5b")]
     assert left == dilated[-2 if output_stride == 16 else 0 :]
     x, step = picture(64, 96).float(), 32 // output_stride
