@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from googlenet_fused.convert import unfuse
 from googlenet_fused.features import features
+from googlenet_fused.models.same import SameMaxPool2d, SamePadding2d, same_padding
 from googlenet_fused.modules import FusedConv2d, FusedInception, block_kind
 
 _CHAIN = (
@@ -49,13 +50,14 @@ class DilatedMaxPool2d(nn.Module):
 
     If every ``step``-th position of its input is the input of ``pool``, then every ``step * pool.stride``-th one of its output
     is the output of ``pool``, at the borders as elsewhere; h' is at most h, and shorter by what no such position needs.
-    ``pool`` has stride 1 and keeps the size, or stride 2 and no padding.
+    ``pool`` has stride 1 and keeps the size, or stride 2 and no padding of its own or TensorFlow's.
     """
 
-    def __init__(self, pool: nn.MaxPool2d, step: int) -> None:
+    def __init__(self, pool: nn.MaxPool2d | SameMaxPool2d, step: int) -> None:
         super().__init__()
-        self.kernel_size, self.skipped, self.ceil_mode = _single(pool.kernel_size), _single(pool.stride), pool.ceil_mode
-        self.stride, self.padding, self.dilation = 1, _single(pool.padding) * step, step
+        self.kernel_size, self.skipped = _single(pool.kernel_size), _single(pool.stride)
+        self.same, self.ceil_mode = isinstance(pool, SameMaxPool2d), isinstance(pool, SameMaxPool2d) or pool.ceil_mode
+        self.stride, self.padding, self.dilation = 1, _padding(pool) * step, step
         self.training = pool.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,16 +68,19 @@ class DilatedMaxPool2d(nn.Module):
 
     def _margins(self, size: int) -> tuple[int, int]:
         """What to pad along an axis, before and after. Every window then holds an element of the input."""
-        step, padding = self.dilation, self.padding // self.dilation
+        step = self.dilation
         coarse = -(-size // step)  # size of the input of the pool that this one stands for
-        room = coarse + 2 * padding - self.kernel_size
+        before = after = self.padding // step
+        if self.same:
+            before, after = same_padding(coarse, self.kernel_size, self.skipped)
+        room = coarse + before + after - self.kernel_size
         windows = (-(-room // self.skipped) if self.ceil_mode else room // self.skipped) + 1
         if windows < 1:
             raise ValueError(
                 f"a map of size {size} is too small for a max pool of kernel {self.kernel_size}: enlarge the image"
             )
         length = min(windows * self.skipped * step, size)
-        return self.padding, length + step * (self.kernel_size - 1) - size - self.padding
+        return step * before, length + step * (self.kernel_size - 1) - size - step * before
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, for_stride={self.skipped}"
@@ -114,7 +119,7 @@ def dense_backbone(model: nn.Module, output_stride: int = 16) -> nn.Module:
         layer = getattr(dense, name)
         if not name.startswith("maxpool"):
             _dilate(layer, name, step)
-        elif type(layer) is not nn.MaxPool2d or _geometry(layer) != (2, 0, 1):
+        elif type(layer) not in (nn.MaxPool2d, SameMaxPool2d) or _geometry(layer) != (2, 0, 1):
             raise ValueError(f"dense_backbone takes max pools of stride 2 without padding; {name} is {layer}")
         elif name in _REDUCED[output_stride]:
             setattr(dense, name, DilatedMaxPool2d(layer, step))
@@ -142,8 +147,15 @@ def _dilate(block: nn.Module, block_name: str, step: int) -> None:
             block.set_submodule(name, DilatedMaxPool2d(layer, step))
 
 
-def _geometry(pool: nn.MaxPool2d) -> tuple[int, int, int]:
-    return _single(pool.stride), _single(pool.padding), _single(pool.dilation)
+def _geometry(pool: nn.MaxPool2d | SameMaxPool2d) -> tuple[int, int, int]:
+    return _single(pool.stride), _padding(pool), 1 if isinstance(pool, SameMaxPool2d) else _single(pool.dilation)
+
+
+def _padding(layer: Any) -> int:
+    """What is put before an axis; of TensorFlow's, where the layer's input has an even side."""
+    if isinstance(layer, SamePadding2d | SameMaxPool2d):
+        return same_padding(2 * layer.kernel_size, layer.kernel_size, layer.stride)[0]
+    return _single(layer.padding)
 
 
 def _single(size: int | tuple[int, ...]) -> int:
@@ -156,6 +168,9 @@ def _single(size: int | tuple[int, ...]) -> int:
 
 def grid_of(model: nn.Module, layer: str = LAST) -> Grid:
     """Where the output of a layer of a GoogLeNet, dense or not, lies in the image.
+
+    TF-slim's layers lie there in images whose sides are multiples of 32; in others up to 15 pixels further up or left, as the
+    sides of their inputs are odd.
 
     Args:
         model: as :func:`dense_backbone` takes and gives it.
@@ -171,8 +186,11 @@ def grid_of(model: nn.Module, layer: str = LAST) -> Grid:
         if not name.startswith("inception"):  # those see symmetrically
             module: Any = getattr(model, name)
             module = getattr(module, "conv", module)
-            extent = _single(module.dilation) * (_single(module.kernel_size) - 1)
-            offset += stride * (extent / 2 - _single(module.padding))
+            extent = _single(getattr(module, "dilation", 1)) * (_single(module.kernel_size) - 1)
+            padding = _padding(module)
+            if name == "conv1" and isinstance(getattr(model, "pad1", None), SamePadding2d):
+                padding += _padding(model.pad1)
+            offset += stride * (extent / 2 - padding)
             stride *= _single(module.stride)
     return Grid(stride, offset)
 
@@ -252,7 +270,8 @@ class FCN(nn.Module):
     ``("inception3b", "inception4e")`` to FCN-8s.
 
     Args:
-        model: as :func:`dense_backbone` takes it. Prepare images as for it.
+        model: as :func:`dense_backbone` takes it. Prepare images as for it; TF-slim's want sides that are multiples of 32, or
+            the grids are off as :func:`grid_of` says.
         num_classes: of the pixels.
         skips: Inception modules before inception5b, in any order.
         output_stride: of inception5b, 32, 16 or 8. With 16 inception4e is no finer.
