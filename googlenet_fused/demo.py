@@ -26,12 +26,16 @@ from torch import Tensor, nn
 from googlenet_fused import FusionMismatch, FusionReport, fuse, googlenet
 from googlenet_fused.bench import Timing, interleaved, machine_description
 from googlenet_fused.charts import Bar, ChartError, PhotographResult, demo_chart
-from googlenet_fused.images import ImageError, load_image, preprocess, sample_photographs
-from googlenet_fused.models import VariantName
+from googlenet_fused.images import CROP_SIDE, RESIZE_SIDE, ImageError, load_image, preprocess, sample_photographs
+from googlenet_fused.models import VARIANTS, VariantName
+from googlenet_fused.preparation import PREPARATIONS, Preparation
 from googlenet_fused.progress import progress_bar
 from googlenet_fused.randomize import calibrate_batch_norm, randomize_
 from googlenet_fused.tolerance import judge
-from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
+from googlenet_fused.weights import Description, GoogLeNet_Weights, WeightsError, fetch, load_weights
+from googlenet_fused.weights.conversion import examine
+from googlenet_fused.weights.load import resolve
+from googlenet_fused.weights.published import PublishedWeights
 
 logger = logging.getLogger("googlenet_fused")
 
@@ -52,13 +56,21 @@ class DemoError(Exception):
 class Network:
     """A plain network, its weights in words, and labels only where the weights were trained on them.
 
-    ``path`` is the file of the weights; seeded ones have none.
+    ``path`` is the file of the weights; seeded ones have none. ``preparation``, ``resize`` and ``crop`` are how it wants its
+    images, as ``preprocess`` takes them.
     """
 
     model: nn.Module
     weights: str
     labels: Sequence[str] | None
     path: Path | None = None
+    preparation: Preparation = PREPARATIONS["torchvision"]
+    resize: int = RESIZE_SIDE
+    crop: int = CROP_SIDE
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An RGB image as the network's input, ``[3, crop, crop]``. Raises ``ImageError`` as ``preprocess`` does."""
+        return preprocess(image, self.preparation, resize=self.resize, crop=self.crop)
 
     def label(self, index: int) -> str:
         return self.labels[index] if self.labels else f"class {index}"
@@ -90,7 +102,12 @@ class Outcome:
     @property
     def agreeing(self) -> int:
         """On how many photographs the most probable classes are the same ones in the same order."""
-        return int((self.plain.topk(TOP).indices == self.fused.topk(TOP).indices).all(1).sum())
+        return int((self.plain.topk(self.top).indices == self.fused.topk(self.top).indices).all(1).sum())
+
+    @property
+    def top(self) -> int:
+        """How many classes are named of each photograph: ``TOP``, or as many as there are."""
+        return min(TOP, self.plain.shape[1])
 
     @cached_property
     def results(self) -> list[PhotographResult]:
@@ -98,7 +115,7 @@ class Outcome:
         found = []
         for (name, image), plain, fused in zip(self.photographs.items(), self.plain, self.fused, strict=True):
             p, f = plain.softmax(0), fused.softmax(0)
-            rows = [(self.network.label(i), p[i].item(), f[i].item()) for i in p.topk(TOP).indices.tolist()]
+            rows = [(self.network.label(i), p[i].item(), f[i].item()) for i in p.topk(self.top).indices.tolist()]
             found.append(PhotographResult(name, image, rows))
         return found
 
@@ -112,41 +129,61 @@ def seeded_network(variant: VariantName = "torchvision", seed: int = 0, *, trans
         ValueError: ``transform_input`` is for a variant other than torchvision's.
     """
     model = randomize_(googlenet(variant, aux_logits=False, transform_input=transform_input, init_weights=False), seed)
-    photographs = torch.stack([preprocess(load_image(path)) for path in sample_photographs().values()])
+    prepare = partial(preprocess, preparation=PREPARATIONS[variant])
+    photographs = torch.stack([prepare(load_image(path)) for path in sample_photographs().values()])
     return calibrate_batch_norm(model, photographs).eval()
 
 
 def load_network(
-    source: str | Path | GoogLeNet_Weights, variant: VariantName = "torchvision", *, transform_input: bool = False
+    source: str | Path | PublishedWeights, variant: VariantName | None = None, *, transform_input: bool = False
 ) -> Network:
-    """The network with trained weights, in eval mode. A warning says what is assumed of any but torchvision's published file.
+    """The network with trained weights, in eval mode. A warning says what is assumed of a file that does not say what it is.
 
     Args:
         source: as ``load_weights`` takes it.
-        transform_input: whether the weights expect input in [-1, 1]; of the published file it is known.
+        variant: which GoogLeNet the weights are for; None takes what the file says, or its keys tell.
+        transform_input: whether the weights expect input in [-1, 1]; it is known of files that say so.
 
     Raises:
         WeightsError: the weights cannot be had or read, or do not fit.
         ImportError: torchvision, which knows the labels, or a package that reads the file is missing.
         ValueError: ``transform_input`` is for a variant other than torchvision's.
     """
-    model = googlenet(variant, aux_logits=False, transform_input=transform_input, init_weights=False)
-    loaded = load_weights(model, source)
-    words = "torchvision's published ImageNet weights"
-    if not isinstance(loaded.published, GoogLeNet_Weights):
-        words = f"the weights in {loaded.path}"
-        what = "is not the published file" if loaded.published is None else f"is {loaded.published}"
-        assumed = _assumed_input(variant, model.transform_input)
-        logger.warning("%s %s; assumed are ImageNet's classes and %s", loaded.path, what, assumed)
-    return Network(model.eval(), words, GoogLeNet_Weights.DEFAULT.meta["categories"], loaded.path)
+    found = resolve(source, "source", variant)
+    path = found if isinstance(found, Path) else fetch(found)
+    contents = examine(path, variant)
+    said = contents.description or Description(contents.variant, contents.num_classes, transform_input=transform_input)
+    if said.variant not in VARIANTS:
+        raise WeightsError(f"{path} is for the variant {said.variant!r}, which is none of {', '.join(VARIANTS)}")
+    held = said.variant
+    model = googlenet(
+        held, num_classes=said.num_classes, aux_logits=False, transform_input=said.transform_input, init_weights=False
+    )
+    load_weights(model, path)
+    if contents.published is not None:
+        words = _PUBLISHERS[held]
+    else:
+        words = f"the weights in {path}"
+        if contents.description is None:
+            assumed = _assumed_input(held, transform_input)
+            logger.warning("%s is not the published file; assumed are %s", path, f"ImageNet's classes and {assumed}")
+    labels = said.classes or _imagenet_labels(said.num_classes)
+    return Network(model.eval(), words, labels, path, PREPARATIONS[held], said.resize, said.crop)
+
+
+_PUBLISHERS = {"torchvision": "torchvision's published ImageNet weights", "bvlc": "BVLC's published ImageNet weights"}
+
+
+def _imagenet_labels(num_classes: int) -> list[str] | None:
+    """ImageNet's classes for a classifier of their number, or of one more for the background, which TF-slim puts first."""
+    names: list[str] = GoogLeNet_Weights.DEFAULT.meta["categories"]
+    return {len(names): names, len(names) + 1: ["background", *names]}.get(num_classes)
 
 
 def _assumed_input(variant: VariantName, transform_input: bool) -> str:
-    """What input weights that are not the published file are taken to expect: a wrong assumption would go unseen."""
-    if variant == "bvlc":
-        return "RGB input with ImageNet's mean and deviation, while Caffe's weights expect BGR, 0 to 255, less its own mean"
-    if variant == "slim":
-        return "RGB input with ImageNet's mean and deviation, while TF-slim's weights expect RGB in [-1, 1]"
+    """What input weights that do not say what they are are taken to expect: a wrong assumption would go unseen."""
+    if variant != "torchvision":
+        return f"input as the {variant} variant's: {PREPARATIONS[variant]}"
     if transform_input:
         return "input mapped to [-1, 1], as for the published weights (--transform-input)"
     return "input with ImageNet's mean and deviation; for a conversion of the published weights give --transform-input"
@@ -187,7 +224,7 @@ def run(
     """Runs the demonstration, prints it, and writes ``demo.png`` and ``demo.json`` into a folder.
 
     Args:
-        weights: a file for the torchvision variant; without one the published weights, or else seeded ones.
+        weights: a file; without one torchvision's published weights, or else seeded ones.
         transform_input: whether the weights expect input in [-1, 1]; of the published ones it is known.
         rounds: rounds of the timing, 5 calls of each network a round.
 
@@ -198,7 +235,6 @@ def run(
     console = console or Console(highlight=False)
     try:
         photographs = {name: load_image(path) for name, path in sample_photographs().items()}
-        x = torch.stack([preprocess(image) for image in photographs.values()])  # [photographs, 3, 224, 224]
     except ImageError as error:
         raise DemoError(str(error)) from error
     console.print(
@@ -207,6 +243,10 @@ def run(
     )
     network, reason = choose_network(weights, transform_input=transform_input)
     _print_weights(console, network, reason)
+    try:
+        x = torch.stack([network.prepare(image) for image in photographs.values()])  # [photographs, 3, crop, crop]
+    except ImageError as error:
+        raise DemoError(str(error)) from error
     outcome = _compare(console, network, photographs, x, rounds)
     for place in range(len(photographs)):
         console.print(_top_table(outcome, place))
@@ -270,8 +310,8 @@ def _top_table(outcome: Outcome, place: int) -> Table:
     for heading in ("plain", "fused"):
         table.add_column(heading)
         table.add_column("%", justify="right")
-    tops = [logits[place].softmax(0).topk(TOP) for logits in (outcome.plain, outcome.fused)]
-    for rank in range(TOP):
+    tops = [logits[place].softmax(0).topk(outcome.top) for logits in (outcome.plain, outcome.fused)]
+    for rank in range(outcome.top):
         cells = [(outcome.network.label(int(t.indices[rank])), f"{100 * t.values[rank].item():.4f}") for t in tops]
         table.add_row(str(rank + 1), *cells[0], *cells[1])
     return table
@@ -327,7 +367,7 @@ def _write(console: Console, outcome: Outcome, output: Path) -> list[Path]:
 def _print_summary(console: Console, outcome: Outcome, written: Sequence[Path]) -> None:
     errors, timings = outcome.errors, outcome.timings
     console.print(
-        f"[bold]Summary:[/bold] both networks name the same top {TOP}, in the same order, on {outcome.agreeing} of "
+        f"[bold]Summary:[/bold] both networks name the same top {outcome.top}, in the same order, on {outcome.agreeing} of "
         f"{len(outcome.photographs)} photographs. Against fp64 the largest logit error is {errors['plain']:.1e} plain and "
         f"{errors['fused']:.1e} fused. Fused takes {timings['fused'].median:.1f} ms an image instead of "
         f"{timings['plain'].median:.1f} ms: [bold]{outcome.speedup():.2f}x as fast as PyTorch, and "

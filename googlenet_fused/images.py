@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from googlenet_fused.preparation import IMAGENET_MEAN, IMAGENET_STD
+from googlenet_fused.preparation import PREPARATIONS, Preparation
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -106,11 +106,21 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     return list(found)
 
 
-def preprocess(image: Image.Image) -> Tensor:
-    """An RGB image as the published weights expect it: ``[3, 224, 224]``, float32.
+def preprocess(
+    image: Image.Image,
+    preparation: Preparation = PREPARATIONS["torchvision"],
+    *,
+    resize: int = RESIZE_SIDE,
+    crop: int = CROP_SIDE,
+) -> Tensor:
+    """An RGB image as a network expects it: ``[3, crop, crop]``, float32.
 
-    The shorter side is resized to 256 (bilinear, antialiased), the centre is cropped to 224x224, and the pixels are normalised
-    with the ImageNet mean and deviation: what ``GoogLeNet_Weights.IMAGENET1K_V1.transforms()`` does.
+    The shorter side is resized to ``resize`` (bilinear, antialiased), the centre is cut out, and the pixels are prepared. By
+    default that is what ``GoogLeNet_Weights.IMAGENET1K_V1.transforms()`` does.
+
+    Args:
+        preparation: what the network wants its pixels to be.
+        resize, crop: in pixels.
 
     Raises:
         ImageError: the image is not RGB, is empty, or is so long and narrow that resizing it would pass
@@ -126,12 +136,10 @@ def preprocess(image: Image.Image) -> Tensor:
     short, long = sorted(image.size)
     if not short:
         raise ImageError(f"preprocess: the image is empty ({image.width}x{image.height})")
-    if Image.MAX_IMAGE_PIXELS and RESIZE_SIDE * (RESIZE_SIDE * long // short) > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS and resize * (resize * long // short) > Image.MAX_IMAGE_PIXELS:
         raise ImageError(f"preprocess: the image is too long and narrow to be resized ({image.width}x{image.height})")
-    resized = functional.resize(image, [RESIZE_SIDE], functional.InterpolationMode.BILINEAR, antialias=True)
-    pixels: Tensor = functional.to_tensor(functional.center_crop(resized, [CROP_SIDE]))  # [3, 224, 224], in [0, 1]
-    normalised: Tensor = functional.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
-    return normalised
+    resized = functional.resize(image, [resize], functional.InterpolationMode.BILINEAR, antialias=True)
+    return preparation(functional.pil_to_tensor(functional.center_crop(resized, [crop])))
 
 
 def sample_photographs() -> dict[str, Path]:

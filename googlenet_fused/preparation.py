@@ -14,17 +14,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preparation:
-    """From pixels to a network's input: reordered, scaled, less the mean, over the deviation.
+    """From pixels to a network's input: reordered, divided, less the mean, over the deviation.
 
     Attributes:
         bgr: whether the network takes blue, green, red.
-        scale: what pixels in 0..255 are multiplied by first.
-        mean: per channel in the network's order, of scaled pixels.
-        std: per channel in the network's order, of scaled pixels.
+        divisor: what pixels in 0..255 are divided by first.
+        mean: per channel in the network's order, of divided pixels.
+        std: per channel in the network's order, of divided pixels.
     """
 
     bgr: bool
-    scale: float
+    divisor: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -41,10 +41,10 @@ class Preparation:
         if self.bgr:
             pixels = pixels.flip(-3)
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return (pixels.float() * self.scale - mean) / std
+        return (pixels.float() / self.divisor - mean) / std
 
     def __str__(self) -> str:
-        steps = ["BGR" if self.bgr else "RGB", f"0 to {255 * self.scale:g}", f"minus {_channels(self.mean)}"]
+        steps = ["BGR" if self.bgr else "RGB", f"0 to {255 / self.divisor:g}", f"minus {_channels(self.mean)}"]
         if self.std != (1.0, 1.0, 1.0):
             steps.append(f"over {_channels(self.std)}")
         return ", ".join(steps)
@@ -55,9 +55,9 @@ def _channels(values: tuple[float, float, float]) -> str:
 
 
 PREPARATIONS: dict[str, Preparation] = {
-    "torchvision": Preparation(False, 1 / 255, IMAGENET_MEAN, IMAGENET_STD),
+    "torchvision": Preparation(False, 255.0, IMAGENET_MEAN, IMAGENET_STD),
     "bvlc": Preparation(True, 1.0, (104.0, 117.0, 123.0), (1.0, 1.0, 1.0)),
-    "slim": Preparation(False, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "slim": Preparation(False, 255.0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 """By variant of GoogLeNet. Sources: torchvision/models/googlenet.py; BVLC/caffe, models/bvlc_googlenet/train_val.prototxt;
 tensorflow/models, research/slim/preprocessing/inception_preprocessing.py."""

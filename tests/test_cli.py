@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
 
+from PIL import Image
 from rich.console import Console
 
 from googlenet_fused import FusionMismatch, bench, cli, demo, googlenet, use_backend
@@ -27,9 +29,10 @@ from googlenet_fused.backends import registry, trust
 from googlenet_fused.bench import Timing
 from googlenet_fused.cli import main
 from googlenet_fused.images import sample_photographs
-from googlenet_fused.weights import WeightsError
+from googlenet_fused.randomize import randomize_
+from googlenet_fused.weights import Description, WeightsError, save_described
 
-COMMANDS = ("doctor", "demo", "classify", "convert", "evaluate", "bench", "tune")
+COMMANDS = ("doctor", "demo", "classify", "convert", "train", "evaluate", "bench", "tune")
 
 
 @pytest.fixture(autouse=True)
@@ -284,7 +287,7 @@ def test_the_warning_of_weights_for_the_paper_s_network(
     path = tmp_path / "bvlc.pth"
     torch.save(googlenet("bvlc", aux_logits=False).state_dict(), path)
     assert main(["classify", str(folder / "chelsea.png"), "--weights", str(path), "--variant", "bvlc"]) == 0
-    assert "Caffe's weights expect BGR" in capsys.readouterr().err
+    assert "assumed are ImageNet's classes and input as the bvlc variant's: BGR, 0 to 255, minus" in capsys.readouterr().err
 
 
 def test_classify_names_classes_and_backends_agree(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:
@@ -319,22 +322,45 @@ def test_classify_refuses_weights_in_one_line(
     capsys: pytest.CaptureFixture[str], folder: Path, trained: Path, tmp_path: Path
 ) -> None:
     image = str(folder / "coffee.png")
-    bvlc, cut = tmp_path / "bvlc.pth", tmp_path / "cut.pth"
+    cut, other = tmp_path / "cut.pth", tmp_path / "other.pth"
     cut.write_bytes(trained.read_bytes()[:1_000_000])
-    torch.save(googlenet("bvlc", aux_logits=False, init_weights=False).state_dict(), bvlc)
+    torch.save({"weight": torch.ones(3)}, other)
     for weights, said in [
         (folder / "none.pth", "no such file"),
         (folder / "notes.txt", "unsupported suffix"),
-        (bvlc, "'bvlc' variant"),
+        (other, "is no GoogLeNet"),
         (cut, "truncated, damaged or not a file that torch.save wrote"),
         (cut, "; copy or download it again"),
     ]:
         assert main(["classify", image, "--weights", str(weights)]) == 1
         (line,) = errors(capsys)
         assert said in line
-    assert main(["classify", image, "--variant", "bvlc"]) == 1
+    assert main(["classify", image, "--weights", str(trained), "--variant", "bvlc"]) == 1
     (line,) = errors(capsys)
-    assert "the weights fetched by default are for the torchvision variant, not for bvlc" in line
+    assert "The file holds the 'torchvision' variant" in line
+    assert main(["classify", image, "--variant", "slim"]) == 1
+    (line,) = errors(capsys)
+    assert "no weights are published for the 'slim' variant" in line
+
+
+def test_classify_goes_by_what_the_file_says(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    """Variant, preparation, sizes and names of classes; against the network called by hand."""
+    model = randomize_(googlenet("bvlc", num_classes=3, aux_logits=False, init_weights=False)).eval()
+    path = tmp_path / "three.safetensors"
+    save_described(path, model.state_dict(), Description("bvlc", 3, ("cat", "dog", "cup"), resize=80, crop=64))
+    assert main(["classify", str(folder / "chelsea.png"), "--weights", str(path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "assumed" not in err
+    found = json.loads(out)
+    assert found["variant"] == "bvlc"
+    image = Image.open(folder / "chelsea.png").convert("RGB")  # wider than high
+    width = int(80 * image.width / image.height)
+    left, top = round((width - 64) / 2), 8
+    pixels = torch.tensor(numpy.asarray(image.resize((width, 80), Image.Resampling.BILINEAR))[top : top + 64, left : left + 64])
+    mean = torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)
+    expected = model((pixels.permute(2, 0, 1).flip(0).float() - mean)[None]).softmax(1)[0]
+    places = {place["label"]: place["probability"] for place in found["images"][0]["top"]}
+    assert [places[name] for name in ("cat", "dog", "cup")] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_classify_with_nothing_to_classify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

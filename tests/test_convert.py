@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from caffe_net import bvlc_layers, caffemodel, random_blobs
 from cases import assert_same
+from slim_net import random_variables
 
 from googlenet_fused.cli import main
 from googlenet_fused.models import VariantName, googlenet
@@ -135,6 +137,20 @@ def test_published_weights_are_recognised(
     assert replace(again, source=description.source) == description
 
 
+def test_variables_of_slim_are_known_by_their_names(folder: Path, output: Path, run: Run) -> None:
+    path = folder / "slim.npz"
+    np.savez(path, **random_variables(classes=CLASSES))
+    code, out, err = run(path, output)
+    assert (code, err) == (0, "")
+    assert f"  variant slim, {CLASSES} classes, {6_624_904 - 993 * 1025:,} parameters, without auxiliary heads\n" in out
+    assert "  input RGB, 0 to 1, minus (0.5, 0.5, 0.5), over (0.5, 0.5, 0.5); resize 256, crop 224\n" in out
+    description = read_description(output)
+    assert description is not None
+    assert (description.variant, description.transform_input) == ("slim", False)
+    stored = read_state_dict(path)
+    assert_same({key: value for key, value in read_state_dict(output).items() if key in stored}, stored)
+
+
 def test_without_torchvision_the_names_of_the_classes_are_left_out(
     caffe_file: Path, output: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +206,7 @@ def test_what_cannot_be_converted_is_one_line(caffe_file: Path, torch_file: Path
         ((folder / "none.pth",), 1, "none.pth: there is no such file"),
         ((other,), 1, "o.pth is no GoogLeNet"),
         ((bad,), 1, "is truncated, damaged or not a .caffemodel file"),
-        ((caffe_file, "--variant", "torchvision"), 1, "The file holds the 'bvlc' variant"),
+        ((caffe_file, "--variant", "torchvision"), 1, "is for the 'bvlc' variant, not for 'torchvision'"),
         ((caffe_file, "--transform-input"), 2, "argument --transform-input: belongs to the torchvision variant"),
         ((strange,), 1, "is for the 'strange' variant, which this version does not know"),
         ((plain, "--transform-input"), 1, "says itself that its weights do not expect input in [-1, 1]"),

@@ -51,10 +51,10 @@ def with_pillow(window: tuple[int, int, int, int], variant: str, size: int) -> T
     planes = []
     for channel, mean, std in zip(range(3)[:: -1 if preparation.bgr else 1], preparation.mean, preparation.std, strict=True):
         pixels = IMAGE[channel].numpy().astype(np.float32)
-        canvas = Image.new("F", (right - left, bottom - top), mean / preparation.scale)
+        canvas = Image.new("F", (right - left, bottom - top), mean * preparation.divisor)
         canvas.paste(Image.fromarray(pixels), (-left, -top))
         resized = np.asarray(canvas.resize((size, size), Image.Resampling.BILINEAR))
-        planes.append((torch.tensor(resized) * preparation.scale - mean) / std)
+        planes.append((torch.tensor(resized) / preparation.divisor - mean) / std)
     return torch.stack(planes)
 
 

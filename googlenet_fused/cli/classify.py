@@ -32,8 +32,9 @@ def add(commands: Commands) -> None:
     command = commands.add_parser(
         "classify",
         help="name what is in images",
-        description="Name what is in images. They are prepared as the published weights expect, whatever the variant: RGB, "
-        "shorter side 256, centre crop 224, ImageNet mean and deviation.",
+        description="Name what is in images. They are prepared as the variant expects (torchvision: RGB with ImageNet's mean "
+        "and deviation; bvlc: BGR less its mean; slim: RGB in [-1, 1]), shorter side 256 and centre crop 224, unless the file "
+        "of weights names others.",
     )
     command.add_argument("images", nargs="+", type=path_argument, metavar="IMAGE", help="image files, and folders of them")
     command.add_argument(
@@ -41,11 +42,13 @@ def add(commands: Commands) -> None:
         type=path_argument,
         default="default",
         metavar="FILE|default|random",
-        help="a .pth or .safetensors file; default: torchvision's published weights, downloaded once; "
+        help="a file of weights, .pth, .safetensors and others; default: the variant's published weights, downloaded once; "
         "random: the demonstration net, whose labels mean nothing",
     )
     command.add_argument(
-        "--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet the weights are for (default: %(default)s)"
+        "--variant",
+        choices=VARIANTS,
+        help="which GoogLeNet the weights are for (default: what the file says or its names tell, else torchvision)",
     )
     add_transform_input(command)
     command.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
@@ -58,11 +61,11 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_backend(arguments.backend)
-    if arguments.transform_input and arguments.variant != "torchvision":
+    if arguments.transform_input and arguments.variant not in (None, "torchvision"):
         raise UsageError(f"argument --transform-input: belongs to --variant torchvision, not {arguments.variant}")
     import torch
 
-    from googlenet_fused.images import ImageError, find_images, load_image, preprocess
+    from googlenet_fused.images import ImageError, find_images, load_image
     from googlenet_fused.progress import progress_bar
 
     results: list[dict[str, Any]] = []
@@ -75,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     weights: str | None = None
     backend: str | None = None
+    variant: Any = arguments.variant
     paths: dict[Path, None] = {}
     for name in arguments.images:
         try:
@@ -84,11 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
     if paths:
         model, network = _classifier(arguments)
         backend = model.fusion_report.backends  # type: ignore[union-attr, assignment]
+        variant = network.model.variant
         weights = network.weights if network.path is None else str(network.path)
         with torch.inference_mode(), progress_bar(len(paths), "classifying") as advance:
             for path in paths:
                 try:
-                    image = preprocess(load_image(path))
+                    image = network.prepare(load_image(path))
                 except ImageError as error:
                     unreadable(str(path), error)
                 else:
@@ -96,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
                     results.append({"image": str(path), "top": top})
                 advance()
     if arguments.json:
-        asked = {"variant": arguments.variant, "weights": weights, "backend": arguments.backend}
+        asked = {"variant": variant, "weights": weights, "backend": arguments.backend}
         print(json.dumps({**asked, "backend_used": backend, "images": results, "errors": failures}, indent=2))
     else:
         for result in results:
@@ -115,27 +120,24 @@ def _classifier(arguments: argparse.Namespace) -> tuple[nn.Module, Network]:
     from googlenet_fused.backends import BackendError
     from googlenet_fused.demo import Network, load_network, seeded_network
     from googlenet_fused.images import ImageError
-    from googlenet_fused.weights import GoogLeNet_Weights, WeightsError
+    from googlenet_fused.models import VariantName
+    from googlenet_fused.preparation import PREPARATIONS
+    from googlenet_fused.weights import WeightsError
 
-    source, variant, transform_input = arguments.weights, arguments.variant, arguments.transform_input
-    if source == "random":
-        say("warning: --weights random: the net is untrained, so classes and probabilities MEAN NOTHING")
-        try:
-            network = Network(seeded_network(variant, transform_input=transform_input), "random (untrained)", None)
-        except ImageError as error:
-            raise CommandError(str(error)) from error
-    else:
-        if source == "default" and variant != "torchvision":
-            raise CommandError(
-                f"the weights fetched by default are for the torchvision variant, not for {variant}: "
-                "give a file with --weights FILE, or run the untrained demonstration net with --weights random"
-            )
-        try:
-            published = GoogLeNet_Weights.DEFAULT if source == "default" else source
-            network = load_network(published, variant, transform_input=transform_input)
-        except WeightsError as error:
-            hint = "; or run the untrained demonstration net with --weights random" if source == "default" else ""
-            raise CommandError(f"{error}{hint}") from error
+    source, transform_input = arguments.weights, arguments.transform_input
+    try:
+        if source == "random":
+            variant: VariantName = arguments.variant or "torchvision"
+            say("warning: --weights random: the net is untrained, so classes and probabilities MEAN NOTHING")
+            seeded = seeded_network(variant, transform_input=transform_input)
+            network = Network(seeded, "random (untrained)", None, preparation=PREPARATIONS[variant])
+        else:
+            network = load_network(source, arguments.variant, transform_input=transform_input)
+    except ImageError as error:
+        raise CommandError(str(error)) from error
+    except WeightsError as error:
+        hint = "; or run the untrained demonstration net with --weights random" if source == "default" else ""
+        raise CommandError(f"{error}{hint}") from error
     try:
         return fuse(network.model, backend=arguments.backend), network
     except (BackendError, FusionMismatch) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 PROG = "googlenet-fused"
-VARIANTS = ("torchvision", "bvlc")
+VARIANTS = ("torchvision", "bvlc", "slim")
 DTYPES = ("fp32", "bf16", "fp16")
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import cast
 
 from googlenet_fused.cli.common import (
     VARIANTS,
@@ -21,11 +20,11 @@ def add(commands: Commands) -> None:
     command = commands.add_parser(
         "convert",
         help="convert weights to a .safetensors file that says what they are",
-        description="Convert weights of a GoogLeNet, Caffe's among them, to a .safetensors file in float32 that says which "
-        "variant they are for, how images are prepared and where they come from.",
+        description="Convert weights of a GoogLeNet, Caffe's and TF-slim's among them, to a .safetensors file in float32 that "
+        "says which variant they are for, how images are prepared and where they come from.",
     )
     command.add_argument(
-        "input", type=path_argument, metavar="INPUT", help="a file of weights: .caffemodel, .pth, .safetensors"
+        "input", type=path_argument, metavar="INPUT", help="a file of weights: .caffemodel, .npz, .pth, .safetensors"
     )
     command.add_argument("output", type=path_argument, metavar="OUTPUT", help="the file to write; ends with .safetensors")
     command.add_argument(
@@ -40,14 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
     source, target = Path(arguments.input).expanduser(), Path(arguments.output).expanduser()
     _check_target(target, arguments.force)
 
-    from googlenet_fused.models import VariantName, googlenet
+    from googlenet_fused.models import VARIANTS as KNOWN
+    from googlenet_fused.models import googlenet
     from googlenet_fused.preparation import PREPARATIONS
     from googlenet_fused.weights import WeightsError, save_described
     from googlenet_fused.weights.conversion import describe, examine
 
     try:
         contents = examine(source, arguments.variant)
-        if contents.variant not in VARIANTS:
+        if contents.variant not in KNOWN:
             raise CommandError(f"{source} is for the {contents.variant!r} variant, which this version does not know")
         if arguments.transform_input and contents.variant != "torchvision":
             raise UsageError(
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         # What is written is what a model of that variant took, value for value.
         model = googlenet(
-            cast(VariantName, contents.variant),
+            contents.variant,
             weights=source,
             num_classes=contents.num_classes,
             aux_logits=contents.aux_logits,

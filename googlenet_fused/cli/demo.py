@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
         "--weights",
         type=path_argument,
         metavar="FILE",
-        help="a .pth or .safetensors file for the torchvision variant (default: the published weights)",
+        help="a file of weights, .pth, .safetensors and others (default: the published ones of torchvision)",
     )
     add_transform_input(command)
     command.set_defaults(run=run)

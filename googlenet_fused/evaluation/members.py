@@ -23,9 +23,8 @@ from googlenet_fused.weights import (
     WeightsError,
     fetch,
     load_weights,
-    read_description,
-    read_state_dict,
 )
+from googlenet_fused.weights.conversion import examine
 from googlenet_fused.weights.published import PUBLISHED
 
 DEFAULT = "default"
@@ -84,7 +83,7 @@ def load_member(
 
     Args:
         source: a file as ``read_state_dict`` takes it, or ``"default"`` for the variant's published weights, downloaded once.
-        variant: which GoogLeNet the weights are for; None takes what the file says, else ``"torchvision"``.
+        variant: which GoogLeNet the weights are for; None takes what the file says, or its names tell.
         transform_input: whether the weights expect input in [-1, 1]; of the published file, and of a file that says so, it is
             known. The ``"torchvision"`` variant only.
         backend: as ``fuse`` takes it.
@@ -146,14 +145,8 @@ def _find(source: str | os.PathLike[str], variant: str | None, transform_input: 
         path = fetch(published["DEFAULT"])
     else:
         path = Path(source).expanduser()
-    said = read_description(path) if path.is_file() else None
-    if said is None:
-        tensors = read_state_dict(path)
-        if "fc.bias" not in tensors or tensors["fc.bias"].dim() != 1:
-            raise EvaluationError(f"{path} holds no GoogLeNet: its classifier fc.bias is missing")
-        said = Description(variant or "torchvision", len(tensors["fc.bias"]), transform_input=transform_input)
-    elif variant not in (None, said.variant):
-        raise EvaluationError(f"{path} says that it is for the variant {said.variant!r}, not {variant!r}")
+    contents = examine(path, variant)
+    said = contents.description or Description(contents.variant, contents.num_classes, transform_input=transform_input)
     if said.variant not in VARIANTS or said.variant not in PREPARATIONS:
         raise EvaluationError(f"{path} is for the variant {said.variant!r}, which is none of {', '.join(VARIANTS)}")
     if said.transform_input and said.variant != "torchvision":

@@ -9,7 +9,7 @@ from pathlib import Path
 from googlenet_fused.weights.description import Description, read_description
 from googlenet_fused.weights.download import published_with, sha256_of
 from googlenet_fused.weights.errors import WeightsError
-from googlenet_fused.weights.files import read_state_dict
+from googlenet_fused.weights.files import read_with_variant
 from googlenet_fused.weights.load import AUX_HEADS, variant_of
 from googlenet_fused.weights.published import PublishedWeights
 
@@ -37,17 +37,17 @@ class Contents:
 
 def examine(path: str | os.PathLike[str], variant: str | None = None) -> Contents:
     """What the file holds. The variant is what the file says of itself, else that of the published weights that it is, else
-    ``variant``, else the one that its keys belong to.
+    the one whose own names are in it (Caffe's, TF-slim's), else ``variant``, else the one that its keys belong to.
 
     Raises:
         WeightsError: the file cannot be read (see ``read_state_dict``), is no GoogLeNet, or is known to be for another variant.
         ImportError: as ``read_state_dict`` raises it.
     """
     path = Path(path).expanduser()
-    tensors = read_state_dict(path)
+    tensors, named = read_with_variant(path)
     digest = sha256_of(path)
     description, published = read_description(path), published_with(digest)
-    known = description.variant if description else published.variant if published else None
+    known = description.variant if description else published.variant if published else named
     if None not in (variant, known) and variant != known:
         raise WeightsError(f"{path} is for the {known!r} variant, not for {variant!r}: leave the variant out, or say {known!r}")
     found = known or variant or variant_of(tensors)

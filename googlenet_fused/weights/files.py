@@ -17,7 +17,7 @@ from googlenet_fused.messages import listed
 from googlenet_fused.weights import caffe, npz
 from googlenet_fused.weights.caffe_names import bvlc_state_dict
 from googlenet_fused.weights.errors import WeightsError
-from googlenet_fused.weights.slim import from_slim
+from googlenet_fused.weights.slim import from_slim, is_slim
 
 SAFETENSORS_SUFFIX = ".safetensors"
 
@@ -51,12 +51,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             something other than tensors by name.
         ImportError: the file is ``.safetensors`` and the package of that name is not installed, or ``.npz`` and numpy is not.
     """
+    return read_with_variant(path)[0]
+
+
+def read_with_variant(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
+    """As ``read_state_dict``, and the variant of GoogLeNet where names that are not this package's own tell it; else None."""
     path = Path(path).expanduser()
     _check_file(path)
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise WeightsError(f"{path}: unsupported suffix {path.suffix!r}; weights are read from {listed(SUFFIXES, 'and')}")
-    return from_slim(path, _strip_prefixes(_tensors_by_name(path, read(path))))
+    tensors = _strip_prefixes(_tensors_by_name(path, read(path)))
+    if is_slim(tensors):
+        return from_slim(path, tensors), "slim"
+    return tensors, "bvlc" if read is bvlc_state_dict else None
 
 
 def _check_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from googlenet_fused.messages import listed
 from googlenet_fused.weights.description import read_description
 from googlenet_fused.weights.download import fetch, published_as
 from googlenet_fused.weights.errors import WeightsError
-from googlenet_fused.weights.files import SUFFIXES, read_state_dict
+from googlenet_fused.weights.files import SUFFIXES, read_with_variant
 from googlenet_fused.weights.published import PUBLISHED, GoogLeNet_Weights, PublishedWeights, Weights
 
 Source = str | os.PathLike[str] | PublishedWeights | Weights
@@ -74,8 +74,10 @@ def load_weights(
         name = found.filename if isinstance(found, Weights) else str(found)
         _check_variant(name, "is", found.variant, variant)
     path = found if isinstance(found, Path) else fetch(found, cache_dir, progress)
-    tensors = read_state_dict(path)
+    tensors, named = read_with_variant(path)
     description = read_description(path)
+    if named is not None:
+        _check_variant(f"{path}, by the names in it,", "is", named, variant)
     if description is not None:
         _check_variant(str(path), "says that it is", description.variant, variant)
     missing = [key for key in targets if key not in tensors]

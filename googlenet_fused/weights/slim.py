@@ -6,7 +6,7 @@ Source of the names: tensorflow/models, research/slim/nets/inception_v1.py. Kern
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -54,6 +54,11 @@ def _keys() -> dict[str, str]:
 _KEYS = _keys()
 
 
+def is_slim(names: Iterable[str]) -> bool:
+    """Whether any of the names is that of a variable of TF-slim's ``inception_v1``."""
+    return any(name.startswith(_SCOPE) for name in names)
+
+
 def from_slim(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under this package's keys and in its layouts, if they have TF-slim's names; as they are otherwise.
 
@@ -64,7 +69,7 @@ def from_slim(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         WeightsError: a kernel has not four axes, the classifier's is not 1x1, or a variable is there twice. The message names
             ``path``.
     """
-    if not any(name.startswith(_SCOPE) for name in tensors):
+    if not is_slim(tensors):
         return dict(tensors)
     found: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
