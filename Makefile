@@ -65,7 +65,7 @@ clean: ## remove .venv and all that the other targets wrote, but no measurements
 .venv/.installed: pyproject.toml constraints.txt setup.py | .venv/bin/pip
 	@echo "==> the package, PyTorch and the tools (several GB to fetch the first time)"
 	@$(PIP_INSTALL) --quiet setuptools
-	@$(PIP_INSTALL) -e '.[tools,dev]' $(SHOW_FILES)
+	@$(PIP_INSTALL) -e '.[tools,parquet,train,dev]' $(SHOW_FILES)
 	@touch $@
 
 .venv/.installed-bench: .venv/.installed

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import signal
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ pytest.importorskip("safetensors")
 
 from training_cases import CLASSES, SIZE, image_folder, recipe, settings, start, state_of
 
-from googlenet_fused.data import FolderImages
+from googlenet_fused.data import FolderImages, open_images
 from googlenet_fused.models import googlenet
 from googlenet_fused.training import Run, Stopped, TrainingError
 from googlenet_fused.training import checkpoint as checkpoints
@@ -77,6 +79,23 @@ def test_the_same_run_gives_the_same_numbers_for_any_number_of_workers(unbroken:
     )  # the initial weights are shared
     other.run()
     assert not other.model.fc.weight.equal(unbroken.model.fc.weight)  # type: ignore[union-attr, operator, arg-type]
+
+
+def test_shards_of_the_same_images_give_the_same_numbers(unbroken: Run, images: Path, tmp_path: Path) -> None:
+    """In two files, their samples in the order of the folder's."""
+    paths = sorted(images.rglob("*.png"))
+    for number, part in enumerate((paths[:7], paths[7:])):
+        with tarfile.open(tmp_path / f"part-{number}.tar", "w") as archive:
+            for path in part:
+                label = path.parent.name.encode()
+                entry = tarfile.TarInfo(f"{path.parent.name}-{path.stem}.cls")
+                entry.size = len(label)
+                archive.addfile(entry, io.BytesIO(label))
+                archive.add(path, f"{path.parent.name}-{path.stem}.png")
+    (tmp_path / "run").mkdir()
+    run = Run(settings(recipe(epochs=2)), open_images(tmp_path), None, tmp_path / "run")
+    run.run()
+    assert_same(state_of(run), state_of(unbroken))
 
 
 @pytest.mark.parametrize(("number", "stop_at"), [(signal.SIGTERM, 2), (signal.SIGTERM, 3), (signal.SIGINT, 4)])
@@ -252,6 +271,7 @@ def test_settings_are_checked(name: str, value: Any) -> None:
         settings(**{name: value})
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_table(unbroken: Run, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
