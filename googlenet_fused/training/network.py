@@ -24,8 +24,8 @@ def build(
 ) -> nn.Module:
     """A GoogLeNet in training mode, channels_last, with initial weights that follow from ``seed``.
 
-    Without batch norm they are BVLC's (xavier, biases 0.2). With batch norm they are He's: torchvision's own, normal with
-    deviation 0.01, are so small beside the norm's epsilon that the activations vanish on their way, and nothing is learned.
+    Without batch norm they are BVLC's (xavier, biases 0.2). With batch norm they are He's: from torchvision's own, normal with
+    deviation 0.01, less is learned in the same time (docs/training.md gives figures).
 
     Args:
         size: side of the images; the auxiliary heads are left out where they cannot take it.
