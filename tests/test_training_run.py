@@ -22,11 +22,13 @@ pytest.importorskip("safetensors")
 from training_cases import CLASSES, SIZE, image_folder, recipe, settings, start, state_of
 
 from googlenet_fused.data import FolderImages, open_images
+from googlenet_fused.distributed import Processes
 from googlenet_fused.models import googlenet
 from googlenet_fused.training import Run, Stopped, TrainingError
 from googlenet_fused.training import checkpoint as checkpoints
 from googlenet_fused.training.loop import CHECKPOINT, CURVES, TABLE
 from googlenet_fused.training.network import build
+from googlenet_fused.training.validation import validate
 from googlenet_fused.weights import Description, load_weights, read_description
 
 
@@ -228,6 +230,28 @@ def test_unreadable_images_are_counted_and_remembered(images: Path, tmp_path: Pa
     assert start(tmp_path / "run", root, settings(recipe(epochs=1)), resume=True).unreadable == run.unreadable
     with pytest.raises(TrainingError, match=r"1 images cannot be read, more than max_unreadable = 0; .*ant/0\.png"):
         start(tmp_path / "other", root, settings(max_unreadable=0)).run()
+
+
+def test_validation_goes_without_unreadable_images(images: Path, tmp_path: Path) -> None:
+    """The others count once each; the network names one class whatever it sees."""
+    root = image_folder(tmp_path / "images", each=2)
+    (root / "ant" / "0.png").write_bytes(b"no image")
+    lines: list[str] = []
+
+    class Ants(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([1.0, 0.0, 0.0]).expand(len(x), 3)
+
+    options: dict[str, Any] = {"workers": 0, "processes": Processes(), "say": lines.append}
+    for size in (1, 2, 5):
+        found = validate(Ants(), FolderImages(root), SIZE, lambda pixels: pixels, batch_size=size, **options)
+        assert found.top1 == pytest.approx(100 / 5)
+        assert sum("ant/0.png" in line for line in lines) == 1
+        lines.clear()
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(TrainingError, match="validation: 6 images in a row"):
+        validate(Ants(), FolderImages(root), SIZE, lambda pixels: pixels, batch_size=2, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

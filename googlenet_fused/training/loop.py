@@ -29,7 +29,7 @@ from googlenet_fused.training.history import Epoch, draw_curves, events, write_c
 from googlenet_fused.training.network import build, loss_of
 from googlenet_fused.training.optimiser import averaged, set_lr, sgd
 from googlenet_fused.training.recipes import Recipe
-from googlenet_fused.training.sampling import AugmentedImages, Batches, Order, collate, derive
+from googlenet_fused.training.sampling import AugmentedImages, Batches, Order, collate, derive, leave_signals_alone, reason_of
 from googlenet_fused.training.validation import Validation, validate
 from googlenet_fused.weights import Description, save_described
 
@@ -237,7 +237,7 @@ class Run:
             num_workers=settings.workers,
             collate_fn=collate,
             pin_memory=processes.device.type == "cuda",
-            worker_init_fn=_leave_signals_alone,
+            worker_init_fn=leave_signals_alone,
             generator=torch.Generator().manual_seed(settings.seed),  # else it would draw from the generator of dropout
         )
 
@@ -270,8 +270,8 @@ class Run:
     def _next(self, loader: Iterator[Any]) -> Any:
         try:
             return next(loader)
-        except DataError as error:  # a worker's comes with its traceback as text, whose last line is the message
-            raise TrainingError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from error
+        except DataError as error:
+            raise TrainingError(reason_of(error)) from error
 
     def _input(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.processes.device, non_blocking=True)
@@ -324,6 +324,7 @@ class Run:
                 batch_size=max(1, self.order.batch_size // (self.settings.accumulate * processes.world)),
                 workers=self.settings.workers,
                 processes=processes,
+                say=self._say,
             )
         rate = steps * self.order.batch_size / seconds
         epoch = Epoch(
@@ -444,9 +445,3 @@ def _told_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _leave_signals_alone(_: int) -> None:
-    """Of a worker: signals that go to the whole group are for the process that trains, which then ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

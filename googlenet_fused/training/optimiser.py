@@ -44,12 +44,13 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential average of the model's parameters and batch norm statistics, which is the model's copy at first."""
 
     @torch.no_grad()
-    def average(means: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-        n = int(count)
+    def average(means: list[Tensor], values: list[Tensor], _: Tensor) -> None:
+        n = int(result.n_averaged)  # which stays on the CPU: what is handed in would have to be waited for on a GPU
         weight = 1 - min(decay, (1 + n) / (WARMUP + n))
         if means[0].is_floating_point():
             torch._foreach_lerp_(means, values, weight)
         else:  # how many batches a norm has seen
             torch._foreach_copy_(means, values)
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)  # type: ignore[arg-type]
+    result = AveragedModel(model, multi_avg_fn=average, use_buffers=True)  # type: ignore[arg-type]
+    return result
