@@ -299,3 +299,16 @@ def test_classes_by_order(data: Path, weights: list[Path], tmp_path: Path, capsy
     assert code == 1
     assert "7 of the data's 7 classes are unknown" in said
     assert "match them by order" in said
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/r/model-1/m.st", "/r/model-2/m.st"], ["model-1", "model-2"]),
+        (["/r/a/x/m.st", "/r/b/y/m.st", "/r/b/x/m.st"], ["a/x", "b/y", "b/x"]),
+        (["/r/m.st", "/r/a/m.st"], ["m.st", "a/m.st"]),
+        (["/a/m.st", "/a/m.st"], ["/a/m.st", "/a/m.st"]),
+    ],
+)
+def test_networks_of_one_name_are_told_apart_by_their_folders(paths: list[str], names: list[str]) -> None:
+    assert command._told_apart(paths) == names

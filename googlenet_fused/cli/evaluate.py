@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -177,9 +178,25 @@ def _members(arguments: argparse.Namespace, own: Processes) -> list[Member]:
     with own.first_ahead() if DEFAULT in map(str, sources) else nullcontext():
         members = list(map(load, sources))
     if len({member.name for member in members}) < len(members):
-        members = [replace(member, name=str(source)) for member, source in zip(members, sources, strict=True)]
+        names = _told_apart([os.path.abspath(source) for source in sources])
+        members = [replace(member, name=name) for member, name in zip(members, names, strict=True)]
     check_agreement(members)
     return members
+
+
+def _told_apart(paths: list[str]) -> list[str]:
+    """The paths without what all of them begin and end with, folder by folder; as they are if two are the same."""
+    parts = [Path(path).parts for path in paths]
+    if len(set(parts)) < len(parts):
+        return paths
+
+    def common(lists: Sequence[tuple[str, ...]]) -> int:
+        return next((at for at, names in enumerate(zip(*lists, strict=False)) if len(set(names)) > 1), min(map(len, lists)))
+
+    before, after = common(parts), common([path[::-1] for path in parts])
+    if before + after >= min(map(len, parts)):  # nothing would be left of the shortest
+        after = 0
+    return [str(Path(*path[before : len(path) - after])) for path in parts]
 
 
 def _evaluate(
