@@ -48,7 +48,7 @@ bench: .venv/.installed-bench ## measure on this machine (the better part of an 
 	@$(BIN)/python -m benchmarks.report
 
 clean: ## remove .venv and all that the other targets wrote, but no measurements
-	@rm -rf .venv build dist ./*.egg-info demo-output gpu-output benchmarks/probes/build .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv build dist ./*.egg-info demo-output gpu-output train-output benchmarks/probes/build .pytest_cache .mypy_cache .ruff_cache
 	@rm -f $(addprefix googlenet_fused/backends/cuda/,*.so build.json _host_sim.json)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
