@@ -190,3 +190,53 @@ def test_the_commands_choices_are_the_packages() -> None:
 
     assert set(train.RECIPES) == set(RECIPES)
     assert set(train.AUGMENTATIONS) == set(AUGMENTATIONS)
+
+
+PROGRAM = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from training_cases import image_folder, recipe, settings, start
+import googlenet_fused.training.loop as loop
+from googlenet_fused.data import FolderImages
+from googlenet_fused.training import Run, Stopped
+
+folder, what = Path(sys.argv[1]), sys.argv[2]
+images = FolderImages(image_folder(folder / "images"))
+validate = loop.validate
+
+def broken(*_, **__):
+    raise RuntimeError("a defect")
+
+def told(model, images, *arguments, **options):
+    load = images.load
+    def slow(index):
+        time.sleep(0.1)
+        return load(index)
+    images.load = slow
+    threading.Timer(0.5, os.killpg, (os.getpgrp(), signal.SIGTERM)).start()
+    return validate(model, images, *arguments, **options)
+
+loop.validate = {"defect": broken, "sigterm": told}[what]
+run = Run(settings(recipe(epochs=2), workers=2), images, FolderImages(folder / "images"), folder)
+try:
+    run.run()
+except Stopped as stopped:
+    sys.exit(f"stopped at step {run.step}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "says"), [("defect", "RuntimeError: a defect"), ("sigterm", "stopped at step 3")])
+def test_workers_end_with_the_run_and_not_before(what: str, says: str, tmp_path: Path) -> None:
+    """An error that nobody expects, and SIGTERM to the whole group of processes during validation."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), what],
+        env={**environment(), "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert process.returncode == 1
+    assert process.stderr.strip().splitlines()[-1] == says

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,9 @@ from googlenet_fused.training.history import Epoch, draw_curves, events, write_c
 from googlenet_fused.training.network import build, loss_of
 from googlenet_fused.training.optimiser import averaged, set_lr, sgd
 from googlenet_fused.training.recipes import Recipe
-from googlenet_fused.training.sampling import AugmentedImages, Batches, Order, collate, derive, leave_signals_alone, reason_of
+from googlenet_fused.training.sampling import AugmentedImages, Batches, Order, collate, derive, reason_of
 from googlenet_fused.training.validation import Validation, validate
+from googlenet_fused.training.workers import batches_of, leave_signals_alone
 from googlenet_fused.weights import Description, save_described
 
 CHECKPOINT, WEIGHTS, TABLE, CURVES, EVENTS = "checkpoint.pt", "model.safetensors", "log.csv", "curves.png", "tensorboard"
@@ -200,9 +201,8 @@ class Run:
             network = DistributedDataParallel(self.model, device_ids=ids)
         folder = self.folder / EVENTS if settings.tensorboard and processes.first else None
         journal = events(folder, self.step)
-        loader = iter(self._loader())
         began, since = time.monotonic(), self.step
-        try:
+        with closing(journal), batches_of(self._loader()) as loader:
             while not self.done:
                 lr = self._one_step(network, loader)
                 self.step += 1
@@ -218,8 +218,6 @@ class Run:
                     self._save()
                 if stop and not self.done:
                     raise Stopped(stop)
-        finally:
-            journal.close()
 
     def _loader(self) -> DataLoader[Any]:
         settings, processes = self.settings, self.processes

@@ -7,7 +7,6 @@ the seed, the epoch and the image, and dropout from the seed, the step and the p
 from __future__ import annotations
 
 import hashlib
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -133,12 +132,6 @@ class AugmentedImages(Dataset[Sample]):
 def reason_of(error: DataError) -> str:
     """What a dataset says of its images, in one line; through a worker it comes as the last line of a traceback."""
     return str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]
-
-
-def leave_signals_alone(_: int) -> None:
-    """Of a worker: signals that go to the whole group are for the process that trains, which then ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Batch(NamedTuple):

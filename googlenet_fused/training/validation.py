@@ -20,9 +20,9 @@ from googlenet_fused.training.sampling import (
     Key,
     Sample,
     collate,
-    leave_signals_alone,
     reason_of,
 )
+from googlenet_fused.training.workers import batches_of, leave_signals_alone
 
 
 class Validation(NamedTuple):
@@ -66,8 +66,8 @@ def validate(
     mode = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            for pixels, labels, unreadable in loader:
+        with torch.inference_mode(), batches_of(loader) as read:
+            for pixels, labels, unreadable in read:
                 for _, reason in unreadable:
                     say(f"warning: validation goes without an image: {reason}")
                 if not len(labels):
