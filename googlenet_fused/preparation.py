@@ -40,7 +40,8 @@ class Preparation:
             raise ValueError(f"pixels must be uint8 or floating, in 0..255, got {pixels.dtype}")
         if self.bgr:
             pixels = pixels.flip(-3)
-        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        # non_blocking: else the process would wait at each call for all that the GPU was given before.
+        mean, std = (torch.tensor(each).view(3, 1, 1).to(pixels.device, non_blocking=True) for each in (self.mean, self.std))
         return (pixels.float() / self.divisor - mean) / std
 
     def __str__(self) -> str:

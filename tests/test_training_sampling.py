@@ -70,6 +70,17 @@ def test_an_image_is_augmented_by_seed_epoch_and_image_alone(name: str, tmp_path
     assert samples(0, 1).equal(first) == samples(1, 0).equal(first) == (name == "none")
 
 
+def test_augmentation_leaves_the_generators_of_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else dropout on a GPU would depend on whether images are read in the process that trains."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    images = FolderImages(image_folder(tmp_path, each=1))
+    assert AugmentedImages(images, augmentation("paper", 32), 0)[Key(0, 0)].label == 0
+    assert not seeds
+    torch.manual_seed(5)
+    assert seeds == [5]
+
+
 def test_an_unreadable_image_gives_way_to_the_next(tmp_path: Path) -> None:
     root = image_folder(tmp_path, each=2)
     (root / "ant" / "1.png").write_bytes(b"no image")

@@ -258,7 +258,8 @@ class Run:
                 self.scaler.scale(loss / settings.accumulate).backward()
             right = (logits.argmax(1) == labels).sum()
             count = len(labels)
-            self._totals += torch.stack([loss.detach().double() * count, right.double(), right.new_tensor(count).double()])
+            self._totals[:2] += torch.stack([loss.detach().double() * count, right.double()])
+            self._totals[2] += count
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.averaged is not None:

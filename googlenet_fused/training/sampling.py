@@ -123,7 +123,8 @@ class AugmentedImages(Dataset[Sample]):
                 unreadable.append((self._images.name(index), str(error)))
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive(self._seed, key.epoch, key.image))
+                # Not torch.manual_seed, which would seed the generators of GPUs too, whose state is not put back.
+                torch.default_generator.manual_seed(derive(self._seed, key.epoch, key.image))
                 return Sample(self._augment(image), self._images.label(index), unreadable)
         name, reason = unreadable[0]
         raise DataError(f"{len(unreadable)} images in a row cannot be read, the first of them {name}: {reason}")
