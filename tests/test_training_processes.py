@@ -172,6 +172,7 @@ def test_bad_input_is_named_before_anything_is_learned(tmp_path: Path, capsys: p
         ((*data, "--recipe", "best"), "argument --recipe"),
         ((*data, "--backend", "fast"), "argument --backend"),
         ((*data, "--resume"), "there is no run in"),
+        ((*data, "--image-size", "14"), "image_size must be at least 15, got 14"),
         ((*data, "--batch-size", "99"), "batch_size must be at most 3"),
         ((*data, "--batch-size", "3", "--accumulate", "2"), "batch_size must be a multiple of 2"),
         (("--data", str(images), "--weights-list", str(tmp_path / "missing.txt")), "argument --weights-list"),
@@ -181,6 +182,21 @@ def test_bad_input_is_named_before_anything_is_learned(tmp_path: Path, capsys: p
     (tmp_path / "file").write_text("")
     assert "argument --output" in failure(capsys, "--data", str(images), "--output", str(tmp_path / "file" / "run"))
     assert not (output / "checkpoint.pt").exists()
+
+
+def test_a_failure_late_in_a_run_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, output = image_folder(tmp_path / "images", each=2), tmp_path / "run"
+    arguments = ("--data", str(images), "--output", str(output), "--epochs", "1")
+    (output / "model.safetensors").mkdir(parents=True)
+    assert f"cannot write {output / 'model.safetensors'}" in failure(capsys, *arguments)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr("googlenet_fused.training.loop.Run.run", full)
+    assert "give --accumulate, or a smaller --batch-size" in failure(capsys, *arguments, "--resume")
 
 
 def test_the_commands_choices_are_the_packages() -> None:

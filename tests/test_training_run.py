@@ -289,7 +289,11 @@ def test_validation_needs_the_same_classes(images: Path, tmp_path: Path) -> None
         start(tmp_path / "run", images, validation=other)
 
 
-@pytest.mark.parametrize(("name", "value"), [("image_size", 0), ("accumulate", 0), ("checkpoint_steps", 0), ("variant", "v3")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("image_size", 14), ("accumulate", 0), ("checkpoint_steps", 0), ("workers", -1), ("max_unreadable", -1), ("variant", "v3"),
+     ("dtype", "float16")],
+)  # fmt: skip
 def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be"):
         settings(**{name: value})

@@ -152,9 +152,12 @@ class _Planned:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.backend != "none":
         check_backend(arguments.backend)
+    import torch
+
     from googlenet_fused.data import DataError, open_images
     from googlenet_fused.distributed import ProcessesError, processes
     from googlenet_fused.training import TrainingError
+    from googlenet_fused.weights import WeightsError
 
     planned = _planned(arguments)
     try:
@@ -168,8 +171,10 @@ def run(arguments: argparse.Namespace) -> int:
                     return code
             if these.first and arguments.models is not None:
                 _write_list(Path(arguments.output) / WEIGHTS_LIST, planned)
-    except (DataError, ProcessesError, TrainingError) as error:
+    except (DataError, ProcessesError, TrainingError, WeightsError) as error:
         raise CommandError(" ".join(str(error).split())) from error
+    except torch.OutOfMemoryError as error:
+        raise CommandError("the device's memory does not suffice: give --accumulate, or a smaller --batch-size") from error
     return 0
 
 

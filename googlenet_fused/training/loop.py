@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from googlenet_fused.charts import ChartError
 from googlenet_fused.data import DataError, LabelledImages
 from googlenet_fused.distributed import Processes
-from googlenet_fused.models import VariantName
+from googlenet_fused.models import VARIANTS, VariantName
 from googlenet_fused.preparation import PREPARATIONS
 from googlenet_fused.training import checkpoint as checkpoints
 from googlenet_fused.training.augmentation import augmentation, resize_of
@@ -70,7 +70,7 @@ class Settings:
         tensorboard: whether to write TensorBoard's events.
 
     Raises:
-        ValueError: a number is out of range, or the step's batch cannot be divided.
+        ValueError: a number is out of range, or there is no such variant or dtype.
     """
 
     recipe: Recipe
@@ -87,12 +87,14 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "accumulate", "checkpoint_steps"):
+        for name, choices in (("variant", PREPARATIONS), ("dtype", ("fp32", *_AUTOCAST))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        least = {"image_size": VARIANTS[self.variant].min_side, "accumulate": 1, "checkpoint_steps": 1, "workers": 0}
+        for name, bound in {**least, "max_unreadable": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.variant not in PREPARATIONS:
-            raise ValueError(f"variant must be one of {', '.join(PREPARATIONS)}, got {self.variant!r}")
+            if value is not None and value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
 
     def lasting(self, images: LabelledImages) -> dict[str, str]:
         """What must not change when a run is resumed, as text by name."""
