@@ -164,7 +164,7 @@ class Run:
         self.model = model.to(device)
         self.averaged = None if recipe.averaging is None else averaged(self.model, recipe.averaging)
         self.optimiser = sgd(self.model, recipe)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16" and device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.step = 0
         self.history: list[Epoch] = []
         self.unreadable: dict[str, str] = {}
@@ -172,6 +172,12 @@ class Run:
         self._lasting = settings.lasting(images)
         if resume:
             self._restore(checkpoints.load(folder / CHECKPOINT, self._lasting))
+        places = self.processes.gather_objects((self.step, self._lasting))
+        if differing := next((rank for rank, place in enumerate(places) if place != places[0]), None):
+            raise TrainingError(
+                f"process {differing} has other images, settings or another checkpoint than the first (step "
+                f"{places[differing][0]} and {places[0][0]}): all need the same data, and the same folder {folder}"
+            )
 
     @property
     def result(self) -> nn.Module:
@@ -209,14 +215,15 @@ class Run:
                 lr = self._one_step(network, loader)
                 self.step += 1
                 ended = self.step % self.order.steps_per_epoch == 0
-                if ended or self.step % LOOK_EVERY == 0 or processes.device.type == "cpu":
+                due = settings.checkpoint_steps is not None and self.step % settings.checkpoint_steps == 0
+                if ended or due or self.step % LOOK_EVERY == 0 or processes.device.type == "cpu":
                     self._look(began, since)
                 if ended:
                     trained = time.monotonic() - began
                     self._end_epoch(lr, journal, trained, self.step - since)
                     began, since = time.monotonic(), self.step
                 stop = self._agree(told, ended)
-                if ended or stop or (settings.checkpoint_steps and self.step % settings.checkpoint_steps == 0):
+                if ended or due or stop:
                     self._save()
                 if stop and not self.done:
                     raise Stopped(stop)
@@ -293,8 +300,8 @@ class Run:
         loss, _, count = self._totals.tolist()
         if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss / count} at step {self.step}: lower the learning rate ({self.settings.recipe.lr:g}), "
-                f"the last checkpoint is in {self.folder}"
+                f"the loss is {loss / count} at step {self.step}: begin again in another folder, with a learning rate below "
+                f"{self.settings.recipe.lr:g}"
             )
         rate = (self.step - since) * self.order.batch_size / max(time.monotonic() - began, 1e-9)
         epoch = -(-self.step // self.order.steps_per_epoch)
@@ -311,7 +318,7 @@ class Run:
             for buffer in self.result.buffers():
                 distributed.broadcast(buffer, 0)
             for theirs in processes.gather_objects(self.unreadable):
-                self.unreadable.update(theirs)
+                self._note(list(theirs.items()))
         loss, right, count = totals.tolist()
         began = time.monotonic()
         found: Validation | None = None
