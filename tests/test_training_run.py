@@ -29,7 +29,6 @@ from googlenet_fused.training import checkpoint as checkpoints
 from googlenet_fused.training.history import events
 from googlenet_fused.training.loop import CHECKPOINT, CURVES, TABLE
 from googlenet_fused.training.network import build
-from googlenet_fused.training.validation import validate
 from googlenet_fused.weights import Description, load_weights, read_description
 
 
@@ -274,26 +273,23 @@ def test_unreadable_images_are_counted_and_remembered(images: Path, tmp_path: Pa
         start(tmp_path / "other", root, settings(max_unreadable=0)).run()
 
 
-def test_validation_goes_without_unreadable_images(images: Path, tmp_path: Path) -> None:
-    """The others count once each; the network names one class whatever it sees."""
-    root = image_folder(tmp_path / "images", each=2)
+def test_validation_leaves_out_what_cannot_be_read(images: Path, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "validation", each=2, seed=1)
     (root / "ant" / "0.png").write_bytes(b"no image")
     lines: list[str] = []
-
-    class Ants(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([1.0, 0.0, 0.0]).expand(len(x), 3)
-
-    options: dict[str, Any] = {"workers": 0, "processes": Processes(), "say": lines.append}
-    for size in (1, 2, 5):
-        found = validate(Ants(), FolderImages(root), SIZE, lambda pixels: pixels, batch_size=size, **options)
-        assert found.top1 == pytest.approx(100 / 5)
-        assert sum("ant/0.png" in line for line in lines) == 1
-        lines.clear()
+    run = start(tmp_path / "run", images, settings(recipe(epochs=1)), root, say=lines.append)
+    run.run()
+    assert list(run.unreadable) == ["validation: ant/0.png"]
+    assert "ant/0.png" in lines[0]
+    assert lines[0].endswith("it is left out")
+    top1 = run.history[0].val_top1
+    assert top1 is not None
+    assert 5 * top1 / 100 == pytest.approx(round(5 * top1 / 100))
     for path in root.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(TrainingError, match="validation: 6 images in a row"):
-        validate(Ants(), FolderImages(root), SIZE, lambda pixels: pixels, batch_size=2, **options)
+    with pytest.raises(TrainingError) as error:
+        start(tmp_path / "other", images, settings(recipe(epochs=1), workers=1), root).run()
+    assert message_of(error).startswith("none of the 6 images for validation can be read: ")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -285,11 +285,11 @@ class Run:
         pixels = pixels.to(self.processes.device, non_blocking=True)
         return self._prepare(pixels).contiguous(memory_format=torch.channels_last)
 
-    def _note(self, unreadable: list[tuple[str, str]]) -> None:
+    def _note(self, unreadable: Iterable[tuple[str, str]], of: str = "") -> None:
         for name, reason in unreadable:
-            if name not in self.unreadable:
-                self.unreadable[name] = reason
-                self._say(f"warning: {reason}; the next image takes its place")
+            if of + name not in self.unreadable:
+                self.unreadable[of + name] = reason
+                self._say(f"warning: {of}{reason}; {'it is left out' if of else 'the next image takes its place'}")
         if len(self.unreadable) > self.settings.max_unreadable:
             raise TrainingError(
                 f"{len(self.unreadable)} images cannot be read, more than max_unreadable = {self.settings.max_unreadable}; "
@@ -318,7 +318,7 @@ class Run:
             for buffer in self.result.buffers():
                 distributed.broadcast(buffer, 0)
             for theirs in processes.gather_objects(self.unreadable):
-                self._note(list(theirs.items()))
+                self._note(theirs.items())
         loss, right, count = totals.tolist()
         began = time.monotonic()
         found: Validation | None = None
@@ -332,8 +332,8 @@ class Run:
                 batch_size=max(1, self.order.batch_size // (self.settings.accumulate * processes.world)),
                 workers=self.settings.workers,
                 processes=processes,
-                say=self._say,
             )
+            self._note(found.unreadable.items(), "validation: ")
         rate = steps * self.order.batch_size / seconds
         epoch = Epoch(
             number,
