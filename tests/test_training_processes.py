@@ -179,6 +179,14 @@ def test_bad_input_is_named_before_anything_is_learned(tmp_path: Path, capsys: p
         ((*data, "--models", "2", "--weights-list", "x"), "not allowed with"),
     ):
         assert says in failure(capsys, *arguments)
+    (tmp_path / "list.txt").write_text("a/model.safetensors\na/model.safetensors\n")
+    twice = ("--data", str(images), "--weights-list", str(tmp_path / "list.txt"))
+    assert f"names {tmp_path / 'a' / 'model.safetensors'} more than once" in failure(capsys, *twice)
+    (tmp_path / "runs" / "model-2").mkdir(parents=True)
+    (tmp_path / "runs" / "model-2" / "checkpoint.pt").touch()
+    several = ("--data", str(images), "--batch-size", "3", "--models", "2", "--output", str(tmp_path / "runs"))
+    assert f"{tmp_path / 'runs' / 'model-2'} holds a run already" in failure(capsys, *several)
+    assert not (tmp_path / "runs" / "model-1" / "checkpoint.pt").exists()
     (tmp_path / "file").write_text("")
     assert "argument --output" in failure(capsys, "--data", str(images), "--output", str(tmp_path / "file" / "run"))
     assert not (output / "checkpoint.pt").exists()

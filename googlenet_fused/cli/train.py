@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -164,9 +165,10 @@ def run(arguments: argparse.Namespace) -> int:
         images = open_images(arguments.data)
         validation = None if arguments.val is None else open_images(arguments.val)
         settings = _settings(arguments)
+        resumed = [_whether_to_resume(arguments, one.folder) for one in planned]
         with processes(arguments.device) as these:
-            for one in planned:
-                code = _train(arguments, replace(settings, seed=one.seed), one.folder, images, validation, these)
+            for one, resume in zip(planned, resumed, strict=True):
+                code = _train(replace(settings, seed=one.seed), one.folder, images, validation, these, resume=resume)
                 if code:
                     return code
             if these.first and arguments.models is not None:
@@ -188,18 +190,18 @@ def _planned(arguments: argparse.Namespace) -> list[_Planned]:
 
 
 def _train(
-    arguments: argparse.Namespace,
     settings: Settings,
     folder: Path,
     images: LabelledImages,
     validation: LabelledImages | None,
     these: Processes,
+    *,
+    resume: bool,
 ) -> int:
     from googlenet_fused.progress import progress_display
     from googlenet_fused.training import Run, Stopped
     from googlenet_fused.training.loop import CHECKPOINT, CURVES, TABLE
 
-    resume = _whether_to_resume(arguments, folder)
     speak: Callable[[str], None] = say if these.first else lambda message: None
     with progress_display("training") if these.first else _silent() as bar:
         one = Run(settings, images, validation, folder, processes=these, resume=resume, say=speak, show=_shown(bar, speak))
@@ -230,7 +232,10 @@ def _listed(path: Path) -> list[Path]:
             raise CommandError(
                 f"argument --weights-list: {path} names {file}, and the weights of a run are called {WEIGHTS}: name a folder's"
             )
-    return [file.parent for file in files]
+    folders = [file.parent for file in files]
+    if twice := next((folder for folder, count in Counter(folders).items() if count > 1), None):
+        raise CommandError(f"argument --weights-list: {path} names {twice / WEIGHTS} more than once: name each network once")
+    return folders
 
 
 def _write_list(path: Path, planned: list[_Planned]) -> None:
