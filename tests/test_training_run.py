@@ -246,7 +246,7 @@ def test_what_other_processes_cannot_read_is_named(images: Path, tmp_path: Path,
         monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     run.processes, run.step = Two(0, 2), 3
     run._totals += 1
-    run._end_epoch(0.1, events(None, 0), 1.0, 3)
+    run._end_epoch(events(None, 0), 1.0, 3)
     assert lines[0] == "warning: bee/1.png cannot be decoded; the next image takes its place"
     assert run.history[0].unreadable == 1
 
@@ -269,8 +269,8 @@ def test_unreadable_images_are_counted_and_remembered(images: Path, tmp_path: Pa
     assert run.history[-1].unreadable == 1
     assert sum("ant/0.png" in line for line in lines) == 1
     assert start(tmp_path / "run", root, settings(recipe(epochs=1)), resume=True).unreadable == run.unreadable
-    with pytest.raises(TrainingError, match=r"1 images cannot be read, more than max_unreadable = 0; .*ant/0\.png"):
-        start(tmp_path / "other", root, settings(max_unreadable=0)).run()
+    with pytest.raises(TrainingError, match=r"1 images cannot be read, more than max_corrupt = 0; .*ant/0\.png"):
+        start(tmp_path / "other", root, settings(max_corrupt=0)).run()
 
 
 def test_validation_leaves_out_what_cannot_be_read(images: Path, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_validation_needs_the_same_classes(images: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("image_size", 14), ("accumulate", 0), ("checkpoint_steps", 0), ("workers", -1), ("max_unreadable", -1), ("variant", "v3"),
+    [("image_size", 14), ("accumulate", 0), ("checkpoint_steps", 0), ("workers", -1), ("max_corrupt", -1), ("variant", "v3"),
      ("dtype", "float16")],
 )  # fmt: skip
 def test_settings_are_checked(name: str, value: Any) -> None:
@@ -373,3 +373,46 @@ def test_weights_of_a_run_load_strictly_with_their_heads(unbroken: Run) -> None:
     loaded = load_weights(model, unbroken.folder / "model.safetensors")
     assert not loaded.missing_keys
     assert not loaded.unexpected_keys
+
+
+def test_a_stop_during_validation_loses_nothing(unbroken: Run, images: Path, tmp_path: Path) -> None:
+    """The checkpoint is there before validation; a run that is killed in it validates first when it goes on."""
+    validation = image_folder(tmp_path / "validation", each=2, seed=1)
+    killed = start(tmp_path / "run", images, validation=validation)
+
+    def kill(what: str, done: float) -> None:
+        if "validating" in what and killed.step == 3:
+            raise MemoryError
+
+    killed._show = kill
+    with pytest.raises(MemoryError):
+        killed.run()
+    lines: list[str] = []
+    resumed = start(tmp_path / "run", images, validation=validation, resume=True, say=lines.append)
+    assert resumed.step == 3
+    assert not resumed.history
+    resumed.run()
+    assert lines[0].startswith("epoch 1/2: ")
+    assert_same(state_of(resumed), state_of(unbroken))
+    for epoch, whole in zip(resumed.history, unbroken.history, strict=True):
+        for name in ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1"):
+            assert getattr(epoch, name) == getattr(whole, name), name
+
+
+def test_a_batch_of_one_image_is_said_to_be_too_small_for_batch_norm(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="batch norm needs more than one image in each batch"):
+        start(tmp_path, images, settings(recipe(batch_size=2), accumulate=2)).run()
+
+
+def test_a_signal_in_the_last_step_is_remembered(images: Path, tmp_path: Path) -> None:
+    """The run ends; whoever would start another one learns that it should not."""
+    run = start(tmp_path, images, settings(recipe(epochs=1)))
+
+    def show(what: str, done: float) -> None:
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run._show = show
+    assert run.run().exists()
+    assert run.done
+    assert run.told == signal.SIGTERM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections import Counter
@@ -167,8 +168,11 @@ def run(arguments: argparse.Namespace) -> int:
         settings = _settings(arguments)
         resumed = [_whether_to_resume(arguments, one.folder) for one in planned]
         with processes(arguments.device) as these:
+            if not these.first:  # what the package logs is the same in all processes
+                logging.getLogger("googlenet_fused").setLevel(logging.ERROR)
             for one, resume in zip(planned, resumed, strict=True):
-                code = _train(replace(settings, seed=one.seed), one.folder, images, validation, these, resume=resume)
+                seeded, more = replace(settings, seed=one.seed), one is not planned[-1]
+                code = _train(seeded, one.folder, images, validation, these, resume=resume, more=more)
                 if code:
                     return code
             if these.first and arguments.models is not None:
@@ -197,7 +201,9 @@ def _train(
     these: Processes,
     *,
     resume: bool,
+    more: bool,
 ) -> int:
+    """Trains one network and returns the exit code, of a stop too; ``more`` says whether others are to follow."""
     from googlenet_fused.progress import progress_display
     from googlenet_fused.training import Run, Stopped
     from googlenet_fused.training.loop import CHECKPOINT, CURVES, TABLE
@@ -212,9 +218,13 @@ def _train(
             speak(f"stopped at step {one.step} of {one.steps}; go on with --resume")
             return 128 + stopped.signal
     if these.first:
-        print(f"wrote {weights}, {folder / TABLE}, {folder / CURVES} and {folder / CHECKPOINT}")
+        written = [path for path in (weights, folder / TABLE, folder / CURVES, folder / CHECKPOINT) if path.exists()]
+        print(f"wrote {', '.join(map(str, written))}")
     if one.unreadable:
-        speak(f"warning: {len(one.unreadable)} images could not be read, and others took their places")
+        speak(f"warning: {len(one.unreadable)} image{'s' if len(one.unreadable) > 1 else ''} could not be read")
+    if one.told and more:
+        speak("stopped before the next network; go on with --resume")
+        return 128 + one.told
     return 0
 
 

@@ -67,6 +67,8 @@ def load(path: Path, settings: dict[str, str]) -> Checkpoint:
         checkpoint = Checkpoint(**content)
     except FileNotFoundError as error:
         raise TrainingError(f"there is no run to resume: {path} does not exist") from error
+    except PermissionError as error:
+        raise TrainingError(f"{path} cannot be read: {error.strerror}") from error
     except TrainingError:
         raise
     except Exception as error:  # damaged files raise KeyError, EOFError, RuntimeError and more, besides UnpicklingError

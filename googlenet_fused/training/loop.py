@@ -65,7 +65,7 @@ class Settings:
         accumulate: batches whose gradients are added up to one step's; makes each smaller.
         backend: what runs the fused modules; None trains the plain network.
         workers: processes that read and augment images, for each process that trains. The results do not depend on it.
-        max_unreadable: images that may be unreadable before the run gives up.
+        max_corrupt: images that may be unreadable before the run gives up.
         checkpoint_steps: steps after which the checkpoint is written, beside the ends of epochs; None: only there.
         tensorboard: whether to write TensorBoard's events.
 
@@ -82,7 +82,7 @@ class Settings:
     accumulate: int = 1
     backend: str | None = "auto"
     workers: int = 2
-    max_unreadable: int = 100
+    max_corrupt: int = 100
     checkpoint_steps: int | None = None
     tensorboard: bool = False
 
@@ -91,7 +91,7 @@ class Settings:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         least = {"image_size": VARIANTS[self.variant].min_side, "accumulate": 1, "checkpoint_steps": 1, "workers": 0}
-        for name, bound in {**least, "max_unreadable": 0}.items():
+        for name, bound in {**least, "max_corrupt": 0}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
@@ -169,6 +169,7 @@ class Run:
         self.history: list[Epoch] = []
         self.unreadable: dict[str, str] = {}
         self._totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, images named right, images
+        self.told = 0
         self._lasting = settings.lasting(images)
         if resume:
             self._restore(checkpoints.load(folder / CHECKPOINT, self._lasting))
@@ -197,9 +198,16 @@ class Run:
             OSError: a file cannot be written.
         """
         with _told_to_stop() as told:
-            if not self.done:
+            if not self.done or self._unfinished:
                 self._train(told)
-        return self._write_weights()
+            path = self._write_weights()
+            self.told = max(self.processes.gather_objects(told[0] if told else 0))
+        return path
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether an epoch's steps are done and its line of the table is missing, as after a stop during its validation."""
+        return len(self.history) < self.step // self.order.steps_per_epoch
 
     def _train(self, told: list[int]) -> None:
         settings, processes = self.settings, self.processes
@@ -211,21 +219,28 @@ class Run:
         journal = events(folder, self.step)
         began, since = time.monotonic(), self.step
         with closing(journal), batches_of(self._loader()) as loader:
+            if self._unfinished:
+                self._end_epoch(journal, 0.0, 0)
+                self._save()
             while not self.done:
-                lr = self._one_step(network, loader)
+                self._one_step(network, loader)
                 self.step += 1
                 ended = self.step % self.order.steps_per_epoch == 0
                 due = settings.checkpoint_steps is not None and self.step % settings.checkpoint_steps == 0
-                if ended or due or self.step % LOOK_EVERY == 0 or processes.device.type == "cpu":
+                looked = ended or due or self.step % LOOK_EVERY == 0 or processes.device.type == "cpu"
+                if looked:
                     self._look(began, since)
-                if ended:
-                    trained = time.monotonic() - began
-                    self._end_epoch(lr, journal, trained, self.step - since)
-                    began, since = time.monotonic(), self.step
                 stop = self._agree(told, ended)
+                if stop and not looked:
+                    self._look(began, since)
                 if ended or due or stop:
+                    self._save()  # before validation, which may take longer than whoever stops the run waits
+                if ended and not stop:
+                    self._end_epoch(journal, time.monotonic() - began, self.step - since)
+                    began, since = time.monotonic(), self.step
+                    stop = self._agree(told, ended)
                     self._save()
-                if stop and not self.done:
+                if stop and (self._unfinished or not self.done):
                     raise Stopped(stop)
 
     def _loader(self) -> DataLoader[Any]:
@@ -248,12 +263,15 @@ class Run:
             generator=torch.Generator().manual_seed(settings.seed),  # else it would draw from the generator of dropout
         )
 
-    def _one_step(self, network: nn.Module, loader: Iterator[Any]) -> float:
+    def _lr(self, step: int) -> float:
+        recipe = self.settings.recipe
+        return recipe.lr * recipe.schedule(step, self.order.steps_per_epoch, self.steps)
+
+    def _one_step(self, network: nn.Module, loader: Iterator[Any]) -> None:
         settings, recipe = self.settings, self.settings.recipe
         device = self.processes.device
         torch.manual_seed(derive(settings.seed, self.step, self.processes.rank))  # of dropout
-        lr = recipe.lr * recipe.schedule(self.step, self.order.steps_per_epoch, self.steps)
-        set_lr(self.optimiser, lr, caffe_momentum=recipe.caffe_momentum)
+        set_lr(self.optimiser, self._lr(self.step), caffe_momentum=recipe.caffe_momentum)
         self.optimiser.zero_grad(set_to_none=True)
         for batch in range(settings.accumulate):
             pixels, labels, unreadable = self._next(loader)
@@ -263,7 +281,7 @@ class Run:
             alone = nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
             with alone:
                 with torch.autocast(device.type, _AUTOCAST.get(settings.dtype), enabled=settings.dtype != "fp32"):
-                    loss, logits = loss_of(network(self._input(pixels)), labels, recipe)
+                    loss, logits = loss_of(self._output(network, pixels), labels, recipe)
                 self.scaler.scale(loss / settings.accumulate).backward()
             right = (logits.argmax(1) == labels).sum()
             count = len(labels)
@@ -273,13 +291,23 @@ class Run:
         self.scaler.update()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
-        return lr
 
     def _next(self, loader: Iterator[Any]) -> Any:
         try:
             return next(loader)
         except DataError as error:
             raise TrainingError(reason_of(error)) from error
+
+    def _output(self, network: nn.Module, pixels: Tensor) -> Any:
+        try:
+            return network(self._input(pixels))
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise TrainingError(
+                    "batch norm needs more than one image in each batch where maps come down to 1x1: give a larger batch_size, "
+                    f"image_size, or less accumulate, got {len(pixels)} image of {self.settings.image_size}x{pixels.shape[-1]}"
+                ) from error
+            raise
 
     def _input(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.processes.device, non_blocking=True)
@@ -290,9 +318,9 @@ class Run:
             if of + name not in self.unreadable:
                 self.unreadable[of + name] = reason
                 self._say(f"warning: {of}{reason}; {'it is left out' if of else 'the next image takes its place'}")
-        if len(self.unreadable) > self.settings.max_unreadable:
+        if len(self.unreadable) > self.settings.max_corrupt:
             raise TrainingError(
-                f"{len(self.unreadable)} images cannot be read, more than max_unreadable = {self.settings.max_unreadable}; "
+                f"{len(self.unreadable)} images cannot be read, more than max_corrupt = {self.settings.max_corrupt}; "
                 f"the first of them: {next(iter(self.unreadable.values()))}"
             )
 
@@ -309,7 +337,8 @@ class Run:
             f"epoch {epoch}/{self.settings.recipe.epochs}, loss {loss / count:.3f}, {rate:.0f} img/s", self.step / self.steps
         )
 
-    def _end_epoch(self, lr: float, journal: Any, seconds: float, steps: int) -> None:
+    def _end_epoch(self, journal: Any, seconds: float, steps: int) -> None:
+        """Validates, and adds a line to the table. ``steps`` of the epoch took this process ``seconds``."""
         processes, number = self.processes, self.step // self.order.steps_per_epoch
         totals = self._totals.cpu().clone()
         if processes.world > 1:
@@ -334,11 +363,11 @@ class Run:
                 processes=processes,
             )
             self._note(found.unreadable.items(), "validation: ")
-        rate = steps * self.order.batch_size / seconds
+        rate = steps * self.order.batch_size / seconds if steps else 0.0
         epoch = Epoch(
             number,
             self.step,
-            lr,
+            self._lr(self.step - 1),
             loss / count,
             100 * right / count,
             None if found is None else found.loss,
@@ -391,6 +420,7 @@ class Run:
                     self.unreadable,
                 ),
             )
+        self.processes.gather_objects(None)  # nobody leaves before it is written
 
     def _restore(self, found: checkpoints.Checkpoint) -> None:
         self.model.load_state_dict(found.model)

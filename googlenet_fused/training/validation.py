@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
+from googlenet_fused.crops import views
 from googlenet_fused.data import LabelledImages
 from googlenet_fused.distributed import Processes
 from googlenet_fused.images import ImageError
-from googlenet_fused.training.augmentation import augmentation
+from googlenet_fused.training.augmentation import resize_of
 from googlenet_fused.training.errors import TrainingError
 from googlenet_fused.training.sampling import Sample, collate
 from googlenet_fused.training.workers import batches_of, leave_signals_alone
@@ -34,11 +35,12 @@ class _Centres(Dataset[Sample]):
     """Centre crops by index. An image that cannot be read is all zeros and of no class."""
 
     def __init__(self, images: LabelledImages, size: int) -> None:
-        self._images, self._size, self._crop = images, size, augmentation("none", size)
+        self._images, self._size = images, size
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            return Sample(self._crop(self._images.load(index)), self._images.label(index), [])
+            (pixels,) = views(self._images.load(index), "1", self._size, resize_of(self._size))
+            return Sample(pixels, self._images.label(index), [])
         except ImageError as error:
             empty = torch.zeros(3, self._size, self._size, dtype=torch.uint8)
             return Sample(empty, NO_CLASS, [(self._images.name(index), str(error))])
