@@ -226,8 +226,8 @@ def header(shape: str, dtype: str = "<f4", version: bytes = b"\x01\x00") -> byte
     return b"\x93NUMPY" + version + struct.pack("<H" if version[0] == 1 else "<I", len(text)) + text
 
 
-def archive(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+def archive(path: Path, members: list[tuple[str, bytes]], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in members:
             file.writestr(name, content)
     return path
@@ -271,6 +271,17 @@ def test_more_than_weights_may_have_is_not_unpacked(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(npz, "LIMIT", 3 * 12_128 - 1)
     monkeypatch.setattr(npz, "_read_array", None)
     with pytest.raises(WeightsError, match=r"it unpacks to 36,384 bytes, and weights may have 36,383"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+def test_what_zipfile_unpacks_without_a_bound_is_not_unpacked(
+    suffix: str, compression: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = archive(tmp_path / f"w{suffix}", [("a.npy", npy(numpy.zeros(1)))], compression)
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    with pytest.raises(WeightsError, match="is compressed in a way that (numpy|torch.save) does not use"):
         read_state_dict(path)
 
 

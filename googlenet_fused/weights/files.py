@@ -115,6 +115,8 @@ def _check_records(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
+                if record.compress_type not in npz.BOUNDED:
+                    raise ValueError(f"its record {record.filename!r} is compressed in a way that torch.save does not use")
                 if record.CRC:
                     with archive.open(record) as stream:
                         while stream.read(1 << 20):

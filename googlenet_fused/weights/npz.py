@@ -18,13 +18,16 @@ SUFFIX = ".npz"
 LIMIT = 1 << 30
 """Bytes that the arrays of a file may have together: GoogLeNet's take 27 MB, with an optimizer's slots a few times that."""
 
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""The compressions that ``zipfile`` unpacks a piece at a time: of bzip2 it makes 3 GB out of 1.4 kB, whatever size is stated."""
+
 
 def read_npz(path: Path) -> dict[str, Tensor]:
     """The file's arrays by name, in its order and in the machine's byte order.
 
     Raises:
-        WeightsError: the file is damaged, is another kind of file, or holds something other than arrays of numbers or more
-            than ``LIMIT`` bytes of them.
+        WeightsError: the file is damaged, is another kind of file, is compressed otherwise than numpy does, or holds something
+            other than arrays of numbers or more than ``LIMIT`` bytes of them.
         ImportError: numpy is not installed.
     """
     try:
@@ -40,6 +43,8 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"it unpacks to {total:,} bytes, and weights may have {LIMIT:,}")
             for member in members:
                 name = member.filename.removesuffix(".npy")
+                if member.compress_type not in BOUNDED:
+                    raise ValueError(f"{name!r} is compressed in a way that numpy does not use")
                 if name in tensors:
                     raise ValueError(f"it holds {name!r} twice")
                 with archive.open(member) as stream:
