@@ -292,6 +292,7 @@ class FCN(nn.Module):
         if isinstance(skips, str) or not set(wanted) <= set(allowed) or len(set(wanted)) != len(wanted):
             raise ValueError(f"skips must be a list of some of {', '.join(allowed)}, each once, got {skips!r}")
         backbone = dense_backbone(model, output_stride)
+        backbone.fc = nn.Identity()  # never runs, and DistributedDataParallel refuses parameters that get no gradients
         layers = [LAST, *(name for name in reversed(allowed) if name in wanted)]
         self.features = features(backbone, layers)
         self.training = backbone.training

@@ -338,5 +338,5 @@ def test_gradients_reach_an_fcns_backbone(networks: dict[str, nn.Module]) -> Non
     net(picture(64, 64, batch=2)).square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
     unused = {name for name, gradient in gradients.items() if gradient is None}
-    assert unused == {"features.model.fc.weight", "features.model.fc.bias"}
+    assert unused == set()  # or DistributedDataParallel would refuse
     assert all(gradient.abs().max() > 0 for gradient in gradients.values() if gradient is not None)
