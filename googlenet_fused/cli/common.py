@@ -58,6 +58,12 @@ def path_argument(text: str) -> str:
     """A path that is not empty: an empty one, as an unset shell variable leaves it, would stand for the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, got ''")
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a path, got {text!r}: there is no such user; a file of that name is ./{text}"
+        ) from error
     return text
 
 
