@@ -145,9 +145,9 @@ def load_network(
         transform_input: whether the weights expect input in [-1, 1]; it is known of files that say so.
 
     Raises:
-        WeightsError: the weights cannot be had or read, or do not fit.
+        WeightsError: the weights cannot be had or read, do not fit, or say of themselves what cannot be; or
+            ``transform_input`` is for a variant other than torchvision's.
         ImportError: torchvision, which knows the labels, or a package that reads the file is missing.
-        ValueError: ``transform_input`` is for a variant other than torchvision's.
     """
     found = resolve(source, "source", variant)
     path = found if isinstance(found, Path) else fetch(found)
@@ -156,9 +156,13 @@ def load_network(
     if said.variant not in VARIANTS:
         raise WeightsError(f"{path} is for the variant {said.variant!r}, which is none of {', '.join(VARIANTS)}")
     held = said.variant
+    if held != "torchvision" and (transform_input or said.transform_input):
+        raise WeightsError(f"{path} is for the {held!r} variant, and transform_input belongs to 'torchvision': leave it out")
     model = googlenet(
         held, num_classes=said.num_classes, aux_logits=False, transform_input=said.transform_input, init_weights=False
     )
+    if said.crop < model.min_side:
+        raise WeightsError(f"{path}: images of {said.crop}x{said.crop} are too small for {held}, which takes {model.min_side}")
     load_weights(model, path)
     if contents.published is not None:
         words = _PUBLISHERS[held]

@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -102,6 +103,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["classify"], "IMAGE"),
         (["classify", ""], "argument IMAGE: must be a path, got ''"),
         (["classify", "a.png", "--weights", ""], "argument --weights: must be a path"),
+        (
+            ["classify", "~no such user/a.png"],
+            "argument IMAGE: must be a path, got '~no such user/a.png': there is no such user",
+        ),
+        (["convert", "~no such user/w.pth", "w.safetensors"], "argument INPUT: must be a path"),
         (["classify", "a.png", "--variant", "bvlc", "--transform-input"], "belongs to --variant torchvision, not bvlc"),
         (["demo", "--output", ""], "argument --output: must be a path"),
         (["classify", "a.png", "--top", "0"], "must be a positive whole number, got '0'"),
@@ -288,6 +294,37 @@ def test_the_warning_of_weights_for_the_paper_s_network(
     torch.save(googlenet("bvlc", aux_logits=False).state_dict(), path)
     assert main(["classify", str(folder / "chelsea.png"), "--weights", str(path), "--variant", "bvlc"]) == 0
     assert "assumed are ImageNet's classes and input as the bvlc variant's: BGR, 0 to 255, minus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "reason"),
+    [
+        ({}, ["--transform-input"], "is for the 'bvlc' variant, and transform_input belongs to 'torchvision': leave it out"),
+        (
+            {"transform_input": True},
+            [],
+            "is for the 'bvlc' variant, and transform_input belongs to 'torchvision': leave it out",
+        ),
+        ({"num_classes": 10**12}, [], "says that it has 1000000000000 classes, and its classifier has 7"),
+        ({"crop": 30}, [], "images of 30x30 are too small for bvlc, which takes 31"),
+    ],
+)
+def test_classify_refuses_a_description_that_cannot_be(
+    fields: dict[str, Any],
+    options: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("safetensors")
+    path = tmp_path / "bvlc.safetensors"
+    state = googlenet("bvlc", num_classes=7, aux_logits=False, init_weights=False).state_dict()
+    save_described(path, state, replace(Description("bvlc", 7), **fields))
+    assert main(["classify", str(folder / "chelsea.png"), "--weights", str(path), *options]) == 1
+    line = capsys.readouterr().err
+    assert reason in line
+    assert line.count("\n") == 1
 
 
 def test_classify_names_classes_and_backends_agree(capsys: pytest.CaptureFixture[str], folder: Path, trained: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,50 @@ def test_what_cannot_be_converted_is_one_line(caffe_file: Path, torch_file: Path
         assert reason in err
         assert err.count("\n") == 1
         assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("classifier", "reason"),
+    [
+        (
+            torch.zeros(1, 1024).expand(10**12, 1024),
+            "holds fewer values than its fc.weight of shape [1000000000000, 1024] needs",
+        ),
+        (torch.zeros(10**12, 0), "its fc.weight has shape [1000000000000, 0], not [classes, 1024]"),
+        (torch.zeros(0, 1024), "its fc.weight has shape [0, 1024], not [classes, 1024]"),
+        (torch.zeros(CLASSES), "its fc.weight has shape [7], not [classes, 1024]"),
+    ],
+    ids=["expanded", "of no inputs", "of no classes", "a vector"],
+)
+def test_a_classifier_is_believed_only_if_the_file_holds_it(
+    classifier: torch.Tensor, reason: str, torch_file: Path, folder: Path, output: Path, run: Run
+) -> None:
+    path = folder / "classifier.pth"
+    torch.save({**read_state_dict(torch_file), "fc.weight": classifier}, path)
+    code, out, err = run(path, output)
+    assert (code, out) == (1, "")
+    assert reason in err
+    assert err.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_classes": 10**12}, "says that it has 1000000000000 classes, and its classifier has 7; write it anew"),
+        ({"transform_input": True}, "want transform_input, which belongs to the 'torchvision' variant"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused(
+    fields: dict[str, Any], reason: str, caffe_file: Path, folder: Path, output: Path, run: Run
+) -> None:
+    path = folder / "untrue.safetensors"
+    save_described(path, read_state_dict(caffe_file), replace(Description("bvlc", CLASSES), **fields))
+    code, out, err = run(path, output)
+    assert (code, out) == (1, "")
+    assert reason in err
+    assert err.count("\n") == 1
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("variant", ["torchvision", "bvlc"])

@@ -71,6 +71,8 @@ def test_a_damaged_header_is_refused(content: bytes, tmp_path: Path) -> None:
         ({"num_classes": True}, "num_classes"),
         ({"crop": 22.4}, "crop"),
         ({"resize": -1}, "resize"),
+        ({"resize": 4097}, "resize must be at most 4096"),
+        ({"crop": 10**12}, "crop must be at most 4096"),
         ({"transform_input": 1}, "transform_input"),
         ({"variant": None}, "variant"),
         ({"classes": ("a", "b")}, "classes"),

@@ -281,7 +281,7 @@ def test_what_zipfile_unpacks_without_a_bound_is_not_unpacked(
 ) -> None:
     path = archive(tmp_path / f"w{suffix}", [("a.npy", npy(numpy.zeros(1)))], compression)
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
-    with pytest.raises(WeightsError, match="is compressed in a way that (numpy|torch.save) does not use"):
+    with pytest.raises(WeightsError, match=r"is compressed in a way that (numpy|torch.save) does not use"):
         read_state_dict(path)
 
 

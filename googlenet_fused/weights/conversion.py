@@ -6,6 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from googlenet_fused.spec import GOOGLENET_SPECS
 from googlenet_fused.weights.description import Description, read_description
 from googlenet_fused.weights.download import published_with, sha256_of
 from googlenet_fused.weights.errors import WeightsError
@@ -40,7 +43,8 @@ def examine(path: str | os.PathLike[str], variant: str | None = None) -> Content
     the one whose own names are in it (Caffe's, TF-slim's), else ``variant``, else the one that its keys belong to.
 
     Raises:
-        WeightsError: the file cannot be read (see ``read_state_dict``), is no GoogLeNet, or is known to be for another variant.
+        WeightsError: the file cannot be read (see ``read_state_dict``), is no GoogLeNet, is known to be for another variant, or
+            says of itself another number of classes than its classifier has.
         ImportError: as ``read_state_dict`` raises it.
     """
     path = Path(path).expanduser()
@@ -52,10 +56,27 @@ def examine(path: str | os.PathLike[str], variant: str | None = None) -> Content
         raise WeightsError(f"{path} is for the {known!r} variant, not for {variant!r}: leave the variant out, or say {known!r}")
     found = known or variant or variant_of(tensors)
     classifier = tensors.get("fc.weight")
-    if found is None or classifier is None or classifier.dim() != 2:
+    if found is None or classifier is None:
         raise WeightsError(f"{path} is no GoogLeNet: it lacks conv1.conv.weight, its companions, or a classifier fc.weight")
+    num_classes = _width(path, classifier)
+    if description is not None and description.num_classes != num_classes:
+        raise WeightsError(
+            f"{path} says that it has {description.num_classes} classes, and its classifier has {num_classes}; write it anew"
+        )
     heads = any(key.startswith(AUX_HEADS) for key in tensors)
-    return Contents(found, classifier.shape[0], heads, published, description, digest)
+    return Contents(found, num_classes, heads, published, description, digest)
+
+
+def _width(path: Path, classifier: Tensor) -> int:
+    """How many classes, each with values of its own in the file: a network is built of that width before anything is loaded."""
+    features = GOOGLENET_SPECS["5b"].out_channels
+    if classifier.dim() != 2 or classifier.shape[1] != features or not len(classifier):
+        raise WeightsError(
+            f"{path} is no GoogLeNet: its fc.weight has shape {list(classifier.shape)}, not [classes, {features}]"
+        )
+    if classifier.numel() * classifier.itemsize > classifier.untyped_storage().nbytes():
+        raise WeightsError(f"{path} holds fewer values than its fc.weight of shape {list(classifier.shape)} needs: save a copy")
+    return len(classifier)
 
 
 def describe(path: str | os.PathLike[str], contents: Contents, transform_input: bool) -> Description:

@@ -22,6 +22,10 @@ _LIMIT = 100_000_000
 """Bytes that the header of a ``.safetensors`` file may have: the limit of the format itself."""
 
 
+MAX_SIDE = 4096
+"""Pixels that ``resize`` and ``crop`` may be: conv1 makes 1 GB of an image of this height and width."""
+
+
 @dataclass(frozen=True)
 class Description:
     """What a network needs to know of its weights beyond the numbers.
@@ -52,6 +56,8 @@ class Description:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if name != "num_classes" and value > MAX_SIDE:
+                raise ValueError(f"{name} must be at most {MAX_SIDE}, got {value}")
         if not isinstance(self.variant, str) or not isinstance(self.source, str | None):
             raise ValueError(f"variant and source must be strings, got {self.variant!r} and {self.source!r}")
         if type(self.transform_input) is not bool:

@@ -80,6 +80,11 @@ def load_weights(
         _check_variant(f"{path}, by the names in it,", "is", named, variant)
     if description is not None:
         _check_variant(str(path), "says that it is", description.variant, variant)
+        if description.transform_input and description.variant != "torchvision":
+            raise WeightsError(
+                f"{path} says that its weights want transform_input, which belongs to the 'torchvision' variant, "
+                f"and that they are for {description.variant!r}: write it again"
+            )
     missing = [key for key in targets if key not in tensors]
     unexpected = [key for key in tensors if key not in targets]
     wrong = {}

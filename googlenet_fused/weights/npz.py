@@ -19,7 +19,7 @@ LIMIT = 1 << 30
 """Bytes that the arrays of a file may have together: GoogLeNet's take 27 MB, with an optimizer's slots a few times that."""
 
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""The compressions that ``zipfile`` unpacks a piece at a time: of bzip2 it makes 3 GB out of 1.4 kB, whatever size is stated."""
+"""The compressions that ``zipfile`` unpacks a piece at a time: of bzip2 it makes 3 GB out of 1.4 kB, whatever is announced."""
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
