@@ -21,6 +21,8 @@ def score_regions(
 ) -> Tensor:
     """Class scores of regions of one image: ``[k, num_classes]``, of the model's dtype and on its device, without gradients.
 
+    A model without floating-point parameters gets float32 on the image's device.
+
     The regions are warped as R-CNN warps its proposals (Girshick et al., CVPR 2014, appendix A, and rcnn_im_crop.m of their
     code): a box is enlarged about its centre so that ``context`` pixels of the result lie around it on each side, rounded to
     whole pixels, filled with the preparation's mean where it leaves the image, and resized to ``size`` x ``size`` whatever its
@@ -55,7 +57,8 @@ def score_regions(
         raise ValueError(f"context must be at least 0 and at most a quarter of size={size}, got {context}")
     if image.dim() != 3 or 0 in image.shape:
         raise ValueError(f"image must be one image, [3, h, w], got {list(image.shape)}")
-    weight = next(model.parameters())
+    weights = (parameter for parameter in model.parameters() if parameter.is_floating_point())
+    weight = next(weights, torch.empty(0, dtype=torch.float32, device=image.device))
     prepared = (preparation or _preparation_of(model))(image.to(weight.device))
     windows = _windows(boxes, image.shape[1], image.shape[2], size / (size - 2 * context))
 

@@ -161,3 +161,13 @@ def test_an_unknown_variant_needs_a_preparation() -> None:
     with pytest.raises(ValueError, match="variant 'v7' wants its pixels is not known: give preparation"):
         score_regions(model, IMAGE, box)
     score_regions(model, IMAGE, box, preparation=PREPARATIONS["slim"], size=32, context=2)
+
+
+def test_a_model_without_floating_point_parameters_gets_float32() -> None:
+    class Means(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.float32
+            return x.mean((2, 3))
+
+    scores = score_regions(Means().eval(), IMAGE, torch.tensor([[0.0, 0.0, WIDTH, HEIGHT]]))
+    assert list(scores.shape) == [1, 3]
