@@ -31,6 +31,15 @@ def test_a_description_comes_back_with_the_tensors(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.touch()
+    path.chmod(0o600)
+    save_described(path, tiny_state(), FULL)
+    assert read_description(path) == FULL
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 def test_other_files_say_nothing(tmp_path: Path) -> None:
     assert read_description(save_tensors(tiny_state(), tmp_path / "w.pth")) is None
     assert read_description(save_tensors(tiny_state(), tmp_path / "w.safetensors")) is None
