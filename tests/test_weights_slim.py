@@ -106,6 +106,12 @@ def test_what_training_keeps_is_left_out(tmp_path: Path) -> None:
     assert_same(read_state_dict(savez(tmp_path / "w.npz", VARIABLES | rest)), expected_state())
 
 
+def test_a_parameter_under_both_names(tmp_path: Path) -> None:
+    path = savez(tmp_path / "w.npz", VARIABLES | {"fc.bias": numpy.zeros(3, numpy.float32)})
+    with pytest.raises(WeightsError, match=r"holds fc\.bias under TF-slim's name and under this one; keep one of them"):
+        read_state_dict(path)
+
+
 def test_a_npz_of_our_own_keys(tmp_path: Path) -> None:
     state = tiny_state()
     path = savez(tmp_path / "w.npz", {name: value.numpy() for name, value in state.items()})

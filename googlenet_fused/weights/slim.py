@@ -86,6 +86,9 @@ def from_slim(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key in found:
             raise WeightsError(f"{path} holds the variable {_SCOPE}{variable} twice; keep one of them")
         found[key] = _in_our_layout(path, name, key, value) if variable.endswith("/weights") else value
+    clash = next((name for name in others if name in found), None)
+    if clash is not None:
+        raise WeightsError(f"{path} holds {clash} under TF-slim's name and under this one; keep one of them")
     for key in [key for key in found if key.endswith(".bn.bias")]:
         found.setdefault(f"{key.removesuffix('bias')}weight", torch.ones_like(found[key]))
     return {key: found[key] for key in _KEYS.values() if key in found} | others
