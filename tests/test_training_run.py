@@ -404,15 +404,14 @@ def test_a_batch_of_one_image_is_said_to_be_too_small_for_batch_norm(images: Pat
         start(tmp_path, images, settings(recipe(batch_size=2), accumulate=2)).run()
 
 
-def test_a_signal_in_the_last_step_is_remembered(images: Path, tmp_path: Path) -> None:
+def test_a_signal_after_the_last_step_is_remembered(images: Path, tmp_path: Path) -> None:
     """The run ends; whoever would start another one learns that it should not."""
-    run = start(tmp_path, images, settings(recipe(epochs=1)))
 
-    def show(what: str, done: float) -> None:
-        if run.step == 3:
+    def say(line: str) -> None:
+        if line.startswith("epoch 1/1"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run._show = show
+    run = start(tmp_path, images, settings(recipe(epochs=1)), say=say)
     assert run.run().exists()
     assert run.done
     assert run.told == signal.SIGTERM
