@@ -156,7 +156,7 @@ def load_network(
     if said.variant not in VARIANTS:
         raise WeightsError(f"{path} is for the variant {said.variant!r}, which is none of {', '.join(VARIANTS)}")
     held = said.variant
-    if transform_input and contents.description is not None and not said.transform_input:
+    if transform_input and held == "torchvision" and not said.transform_input:
         raise WeightsError(f"{path} says itself that its weights do not expect input in [-1, 1]: leave transform_input out")
     if held != "torchvision" and (transform_input or said.transform_input):
         raise WeightsError(f"{path} is for the {held!r} variant, and transform_input belongs to 'torchvision': leave it out")
