@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import URLError
 
 import torch
@@ -27,14 +27,13 @@ from googlenet_fused import FusionMismatch, FusionReport, fuse, googlenet
 from googlenet_fused.bench import Timing, interleaved, machine_description
 from googlenet_fused.charts import Bar, ChartError, PhotographResult, demo_chart
 from googlenet_fused.images import CROP_SIDE, RESIZE_SIDE, ImageError, load_image, preprocess, sample_photographs
-from googlenet_fused.models import VARIANTS, VariantName
+from googlenet_fused.models import VariantName
 from googlenet_fused.preparation import PREPARATIONS, Preparation
 from googlenet_fused.progress import progress_bar
 from googlenet_fused.randomize import calibrate_batch_norm, randomize_
 from googlenet_fused.tolerance import judge
-from googlenet_fused.weights import Description, GoogLeNet_Weights, WeightsError, fetch, load_weights
-from googlenet_fused.weights.conversion import examine
-from googlenet_fused.weights.load import resolve
+from googlenet_fused.weights import GoogLeNet_Weights, WeightsError, load_weights
+from googlenet_fused.weights.conversion import understand
 from googlenet_fused.weights.published import PublishedWeights
 
 logger = logging.getLogger("googlenet_fused")
@@ -149,17 +148,8 @@ def load_network(
             ``transform_input`` is for a variant other than torchvision's.
         ImportError: torchvision, which knows the labels, or a package that reads the file is missing.
     """
-    found = resolve(source, "source", variant)
-    path = found if isinstance(found, Path) else fetch(found)
-    contents = examine(path, variant)
-    said = contents.description or Description(contents.variant, contents.num_classes, transform_input=transform_input)
-    if said.variant not in VARIANTS:
-        raise WeightsError(f"{path} is for the variant {said.variant!r}, which is none of {', '.join(VARIANTS)}")
-    held = said.variant
-    if transform_input and held == "torchvision" and not said.transform_input:
-        raise WeightsError(f"{path} says itself that its weights do not expect input in [-1, 1]: leave transform_input out")
-    if held != "torchvision" and (transform_input or said.transform_input):
-        raise WeightsError(f"{path} is for the {held!r} variant, and transform_input belongs to 'torchvision': leave it out")
+    path, contents, said = understand(source, variant, transform_input=transform_input)
+    held = cast(VariantName, said.variant)
     model = googlenet(
         held, num_classes=said.num_classes, aux_logits=False, transform_input=said.transform_input, init_weights=False
     )

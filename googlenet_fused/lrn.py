@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from googlenet_fused.backends import registry
 from googlenet_fused.blocks import LocalResponseNorm
 from googlenet_fused.direct import eager
-from googlenet_fused.modules import CannotFuse, adopt
+from googlenet_fused.modules import CannotFuse, adopt, plain_of
 from googlenet_fused.response_norm import ResponseNorm, local_response_norm_backward
 
 
@@ -53,10 +53,7 @@ class FusedLocalResponseNorm(LocalResponseNorm):
 
     def to_plain(self) -> nn.Module:
         """The plain norm of the class this one was made from."""
-        plain = self.plain_class.__new__(self.plain_class)
-        adopt(plain, self)
-        del plain.backend, plain.plain_class
-        return plain
+        return plain_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if not eager(x) or x.dim() != 4 or not x.numel() or not x.is_floating_point():

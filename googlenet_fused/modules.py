@@ -59,10 +59,7 @@ class _Fused(nn.Module):
 
     def to_plain(self) -> nn.Module:
         """The plain module of the class this one was made from, sharing its parameters."""
-        plain = self.plain_class.__new__(self.plain_class)
-        adopt(plain, self)
-        del plain.backend, plain.plain_class
-        return plain
+        return plain_of(self)
 
     def repack(self) -> None:
         """Forget the packed weights. Needed only after a change that cannot be seen, as through ``weight.data``."""
@@ -340,6 +337,14 @@ def clear_hooks(module: nn.Module) -> None:
 def _qualified(cls: type) -> tuple[str, str]:
     # By name, so that torchvision need not be imported, or even installed.
     return cls.__module__, cls.__qualname__
+
+
+def plain_of(module: Any) -> nn.Module:
+    """A module of the class that a fused one was made from, with all that the fused one holds."""
+    plain: Any = module.plain_class.__new__(module.plain_class)
+    adopt(plain, module)
+    del plain.backend, plain.plain_class
+    return plain
 
 
 def adopt(target: nn.Module, source: nn.Module) -> None:

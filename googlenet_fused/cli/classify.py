@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--variant",
         choices=VARIANTS,
-        help="which GoogLeNet the weights are for (default: what the file says or its names tell, else torchvision)",
+        help="which GoogLeNet the weights are for (default: what the file says or its names tell)",
     )
     add_transform_input(command)
     command.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")

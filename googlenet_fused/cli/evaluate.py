@@ -79,7 +79,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--variant",
         choices=VARIANTS,
-        help="which GoogLeNet the weights are for (default: what the file says, else torchvision)",
+        help="which GoogLeNet the weights are for (default: what the file says or its names tell)",
     )
     add_transform_input(command)
     command.add_argument(

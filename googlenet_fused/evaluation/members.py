@@ -19,13 +19,10 @@ from googlenet_fused.models import VariantName
 from googlenet_fused.models.googlenet import VARIANTS
 from googlenet_fused.preparation import PREPARATIONS, Preparation
 from googlenet_fused.weights import (
-    Description,
     WeightsError,
-    fetch,
     load_weights,
 )
-from googlenet_fused.weights.conversion import examine
-from googlenet_fused.weights.published import PUBLISHED
+from googlenet_fused.weights.conversion import understand
 
 DEFAULT = "default"
 """What stands for the published weights in place of a file."""
@@ -100,7 +97,7 @@ def load_member(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be {', '.join(map(repr, DTYPES))}, got {dtype!r}")
     try:
-        path, said = _find(source, variant, transform_input)
+        path, _, said = understand(source, variant, transform_input=transform_input)
         model = googlenet(
             cast(VariantName, said.variant),
             num_classes=said.num_classes,
@@ -134,26 +131,6 @@ def load_member(
         said.resize,
         tuple(facts.items()),
     )
-
-
-def _find(source: str | os.PathLike[str], variant: str | None, transform_input: bool) -> tuple[Path, Description]:
-    """The file, and what it says of itself or else what has to be assumed."""
-    if str(source) == DEFAULT:
-        published = PUBLISHED.get(variant or "torchvision")
-        if published is None:
-            raise EvaluationError(f"no weights are published for the {variant!r} variant: give a file of weights")
-        path = fetch(published["DEFAULT"])
-    else:
-        path = Path(source).expanduser()
-    contents = examine(path, variant)
-    said = contents.description or Description(contents.variant, contents.num_classes, transform_input=transform_input)
-    if said.variant not in VARIANTS or said.variant not in PREPARATIONS:
-        raise EvaluationError(f"{path} is for the variant {said.variant!r}, which is none of {', '.join(VARIANTS)}")
-    if said.transform_input and said.variant != "torchvision":
-        raise EvaluationError(f"{path}: transform_input belongs to the variant 'torchvision', not {said.variant!r}")
-    if said.resize < said.crop:
-        raise EvaluationError(f"{path}: its resize must be at least its crop ({said.crop}), got {said.resize}")
-    return path, said
 
 
 def read_weights_list(path: str | os.PathLike[str], *, existing: bool = True) -> list[Path]:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from googlenet_fused.preparation import PREPARATIONS
 from googlenet_fused.spec import GOOGLENET_SPECS
 from googlenet_fused.weights.description import Description, read_description
-from googlenet_fused.weights.download import published_with, sha256_of
+from googlenet_fused.weights.download import fetch, published_with, sha256_of
 from googlenet_fused.weights.errors import WeightsError
 from googlenet_fused.weights.files import read_with_variant
-from googlenet_fused.weights.load import AUX_HEADS, variant_of
+from googlenet_fused.weights.load import AUX_HEADS, Source, resolve, variant_of
 from googlenet_fused.weights.published import PublishedWeights
 
 
@@ -77,6 +78,38 @@ def _width(path: Path, classifier: Tensor) -> int:
     if classifier.numel() * classifier.itemsize > classifier.untyped_storage().nbytes():
         raise WeightsError(f"{path} holds fewer values than its fc.weight of shape {list(classifier.shape)} needs: save a copy")
     return len(classifier)
+
+
+def understand(
+    source: Source, variant: str | None = None, *, transform_input: bool = False
+) -> tuple[Path, Contents, Description]:
+    """The file of weights, what it holds, and what it says of itself or else what has to be assumed: 224x224 out of 256.
+
+    Args:
+        source: as ``load_weights`` takes it.
+        variant: which GoogLeNet the weights are for; None takes what the file says, or its names or keys tell.
+        transform_input: whether the weights expect input in [-1, 1]; it is known of files that say so.
+
+    Raises:
+        WeightsError: as ``examine`` raises it; or the weights cannot be had, what the file says of itself cannot be, or it
+            contradicts ``transform_input``.
+        ImportError: as ``read_state_dict`` raises it.
+    """
+    found = resolve(source, "source", variant)
+    path = found if isinstance(found, Path) else fetch(found)
+    contents = examine(path, variant)
+    said = contents.description or Description(contents.variant, contents.num_classes, transform_input=transform_input)
+    if said.variant not in PREPARATIONS:
+        raise WeightsError(f"{path} is for the variant {said.variant!r}, which is none of {', '.join(PREPARATIONS)}")
+    if said.variant != "torchvision" and (transform_input or said.transform_input):
+        raise WeightsError(
+            f"{path} is for the {said.variant!r} variant, and transform_input belongs to 'torchvision': leave it out"
+        )
+    if transform_input and not said.transform_input:
+        raise WeightsError(f"{path} says itself that its weights do not expect input in [-1, 1]: leave transform_input out")
+    if said.resize < said.crop:
+        raise WeightsError(f"{path}: its resize must be at least its crop ({said.crop}), got {said.resize}")
+    return path, contents, said
 
 
 def describe(path: str | os.PathLike[str], contents: Contents, transform_input: bool) -> Description:
