@@ -1,4 +1,4 @@
-"""The command ``googlenet-fused``: doctor, demo, classify, convert, evaluate, bench, tune.
+"""The command ``googlenet-fused``: doctor, demo, classify, convert, train, evaluate, bench, tune.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130
 interrupted. A user's mistake is answered with one line; a traceback means a defect of this package. What the package logs from
