@@ -20,6 +20,7 @@ from googlenet_fused.progress import progress_display
 CLASS_NAMES = "classes.txt"
 """A file beside the shards that names the classes, one a line, in the order of the labels."""
 
+_PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _MOST_CLASSES = 1_000_000
 _LABEL_LIMIT = 1 << 20
 """Bytes that a sample's ``.cls`` or ``.json`` may have."""
@@ -51,7 +52,8 @@ class FolderImages:
     Files count by their suffix (``images.SUFFIXES``), in folders of folders too; names that start with a dot are passed over.
 
     Raises:
-        DataError: there is no such folder, it has no class folders, or one of them holds no image.
+        DataError: there is no such folder, it has no class folders, all of them are named as parts of a data set are, or one of
+            them holds no image.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -66,6 +68,11 @@ class FolderImages:
                 f"{self._root / 'CLASS' / 'image.jpg'}"
             )
         self.classes = tuple(folder.name for folder in folders)
+        if len(folders) > 1 and {name.lower() for name in self.classes} <= _PARTS:
+            raise DataError(
+                f"the folders in {root} are parts of a data set and no classes ({', '.join(self.classes)}): name one of them, "
+                f"{self._root / self.classes[-1]}"
+            )
         self._samples: list[tuple[str, int]] = []
         for label, folder in enumerate(folders):
             try:

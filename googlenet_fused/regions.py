@@ -40,8 +40,8 @@ def score_regions(
         softmax: probabilities; False gives the logits.
 
     Raises:
-        ValueError: the model is in training mode or of an unknown variant, the image is not ``[3, h, w]`` of pixels, a box is
-            empty, not finite or not in the image, or a number is out of range.
+        ValueError: the model is in training mode or of an unknown variant, the image is not ``[3, h, w]`` of pixels or seems to
+            be in 0..1, a box is empty, not finite or not in the image, or a number is out of range.
         ImportError: torchvision is missing.
     """
     try:
@@ -57,6 +57,8 @@ def score_regions(
         raise ValueError(f"context must be at least 0 and at most a quarter of size={size}, got {context}")
     if image.dim() != 3 or 0 in image.shape:
         raise ValueError(f"image must be one image, [3, h, w], got {list(image.shape)}")
+    if image.is_floating_point() and 0 < float(image.max()) <= 1:
+        raise ValueError(f"image must be in 0..255, and its largest value is {float(image.max()):g}: multiply it by 255")
     weights = (parameter for parameter in model.parameters() if parameter.is_floating_point())
     weight = next(weights, torch.empty(0, dtype=torch.float32, device=image.device))
     prepared = (preparation or _preparation_of(model))(image.to(weight.device))

@@ -187,10 +187,13 @@ def test_links_and_devices_in_a_shard_are_passed_over(tmp_path: Path) -> None:
 def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "empty").mkdir()
     (tmp_path / "flat").mkdir()
+    for name in ("train", "Val"):
+        (tmp_path / "parts" / name / "cat").mkdir(parents=True)
     (tmp_path / "flat" / "a.png").write_bytes(picture((1, 2, 3)))
     for path, says in (
         (folder, str(folder / "empty")),
         (tmp_path / "flat", "no class folders"),
+        (tmp_path / "parts", "parts of a data set and no classes (Val, train)"),
         (tmp_path / "missing", "no such folder"),
         (tmp_path / "missing-*.tar", "no shard"),
         (tmp_path / "missing-{0..3}.tar", "missing-0.tar: there is no such shard"),

@@ -265,3 +265,14 @@ def test_workers_end_with_the_run_and_not_before(what: str, says: str, tmp_path:
     )
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1] == says
+
+
+@pytest.mark.slow
+def test_few_images_are_learned_from_in_small_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With no option but the data, as in the README; the learning rate follows the batch size."""
+    images, output = image_folder(tmp_path / "images", each=6), tmp_path / "run"
+    of = ["train", "--data", str(images), "--image-size", "32", "--epochs", "1", "--workers", "0", "--output", str(output)]
+    assert main(of) == 0
+    err = capsys.readouterr().err
+    assert "batches of 4, not 128 as in the recipe, since there are 18 images" in err
+    assert "4 steps of 4, lr 0.003125" in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import signal
 import tarfile
 from dataclasses import replace
@@ -29,7 +30,7 @@ from googlenet_fused.training import checkpoint as checkpoints
 from googlenet_fused.training.history import events
 from googlenet_fused.training.loop import CHECKPOINT, CURVES, TABLE
 from googlenet_fused.training.network import build
-from googlenet_fused.weights import Description, load_weights, read_description
+from googlenet_fused.weights import Description, WeightsError, load_weights, read_description, read_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +328,11 @@ def test_validation_needs_the_same_classes(images: Path, tmp_path: Path) -> None
     (other / "cat").rename(other / "cow")
     with pytest.raises(TrainingError, match="lack 'cat' and have 'cow', which is not learned"):
         start(tmp_path / "run", images, validation=other)
+    shutil.rmtree(other / "cow")
+    with pytest.raises(TrainingError, match="the former lack 'cat'; both need"):
+        start(tmp_path / "run", images, validation=other)
+    with pytest.raises(TrainingError, match="the former have 'cat', which is not learned; both need"):
+        start(tmp_path / "run", other, settings(recipe(batch_size=2)), validation=images)
 
 
 @pytest.mark.parametrize(
@@ -415,3 +421,8 @@ def test_a_signal_after_the_last_step_is_remembered(images: Path, tmp_path: Path
     assert run.run().exists()
     assert run.done
     assert run.told == signal.SIGTERM
+
+
+def test_a_checkpoint_is_not_taken_for_weights(unbroken: Run) -> None:
+    with pytest.raises(WeightsError, match=r"checkpoint\.pt is the checkpoint of a training run.* model\.safetensors"):
+        read_state_dict(unbroken.folder / CHECKPOINT)

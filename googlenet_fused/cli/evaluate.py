@@ -56,7 +56,7 @@ def add(commands: Commands) -> None:
         nargs="*",
         type=path_argument,
         metavar="MODEL",
-        help="files of weights, .pth, .safetensors or .caffemodel; default: the variant's published weights, downloaded once",
+        help="files of weights, .pth, .safetensors and others; the word default stands for the variant's published weights",
     )
     command.add_argument(
         "--weights-list", type=path_argument, metavar="FILE", help="a text file that names more files of weights, one a line"

@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         images = open_images(arguments.data)
         validation = None if arguments.val is None else open_images(arguments.val)
-        settings = _settings(arguments)
+        settings = _settings(arguments, len(images))
         resumed = [_whether_to_resume(arguments, one.folder) for one in planned]
         with processes(arguments.device) as these:
             if not these.first:  # what the package logs is the same in all processes
@@ -215,7 +215,7 @@ def _train(
         try:
             weights = one.run()
         except Stopped as stopped:
-            speak(f"stopped at step {one.step} of {one.steps}; go on with --resume")
+            speak(f"stopped at step {one.step} of {one.steps}; go on by the same command with --resume")
             return 128 + stopped.signal
     if these.first:
         written = [path for path in (weights, folder / TABLE, folder / CURVES, folder / CHECKPOINT) if path.exists()]
@@ -223,7 +223,7 @@ def _train(
     if one.unreadable:
         speak(f"warning: {len(one.unreadable)} image{'s' if len(one.unreadable) > 1 else ''} could not be read")
     if one.told and more:
-        speak("stopped before the next network; go on with --resume")
+        speak("stopped before the next network; go on by the same command with --resume")
         return 128 + one.told
     return 0
 
@@ -257,12 +257,13 @@ def _write_list(path: Path, planned: list[_Planned]) -> None:
     print(f"wrote {path}: googlenet-fused evaluate --weights-list {path} --data ...")
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace, images: int) -> Settings:
+    """What is asked for; ``images`` is the number of images to learn from."""
     from googlenet_fused.training import Settings
 
     try:
         return Settings(
-            _recipe(arguments),
+            _recipe(arguments, images),
             arguments.variant,
             arguments.image_size,
             arguments.seed,
@@ -279,13 +280,21 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise UsageError(str(error)) from error
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """The named recipe with the changes asked for; the learning rate follows the batch size unless it is given."""
+def _recipe(arguments: argparse.Namespace, images: int) -> Recipe:
+    """The named recipe with the changes asked for; the learning rate follows the batch size unless it is given.
+
+    Few images get a smaller batch than the recipe's, of which there are at least four in an epoch.
+    """
     from googlenet_fused.training import RECIPES
 
     recipe = RECIPES[arguments.recipe]
-    if arguments.batch_size is not None:
-        recipe = replace(recipe, batch_size=arguments.batch_size, lr=recipe.lr * arguments.batch_size / recipe.batch_size)
+    batch_size = arguments.batch_size
+    if batch_size is None and images < 4 * recipe.batch_size and images >= 8:
+        batch_size = min(recipe.batch_size, 2 ** ((images // 4).bit_length() - 1))
+        if batch_size < recipe.batch_size:
+            say(f"batches of {batch_size}, not {recipe.batch_size} as in the recipe, since there are {images} images")
+    if batch_size is not None:
+        recipe = replace(recipe, batch_size=batch_size, lr=recipe.lr * batch_size / recipe.batch_size)
     changes = {name: getattr(arguments, name) for name in ("epochs", "lr", "augmentation")}
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
@@ -306,16 +315,23 @@ def _whether_to_resume(arguments: argparse.Namespace, folder: Path) -> bool:
     return there
 
 
+def _classes(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown})"
+
+
 def _introduction(one: Run, settings: Settings, images: LabelledImages, these: Processes) -> str:
     recipe = settings.recipe
     parameters = sum(parameter.numel() for parameter in one.model.parameters())
     words = [
         f"{one.folder}: {settings.variant}, {parameters:,} parameters, recipe {recipe.name}",
-        f"{len(images)} images of {len(images.classes)} classes at {settings.image_size}x{settings.image_size}",
+        f"{len(images)} images of {_classes(images.classes)} at {settings.image_size}x{settings.image_size}",
         f"{recipe.epochs} epochs of {one.order.steps_per_epoch} steps of {recipe.batch_size}",
         f"lr {recipe.lr:g}",
         f"{settings.dtype} on {these.world} x {these.device.type}",
     ]
+    if settings.dtype == "fp16" and these.device.type == "cpu":
+        words.append("fp16 on a CPU is slow, and bf16 need not be")
     if one.step:
         words.append(f"resumed at step {one.step} of {one.steps}")
     if not any(name.startswith("aux") for name, _ in one.model.named_children()):

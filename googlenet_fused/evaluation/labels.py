@@ -52,7 +52,7 @@ def match(classes: Sequence[str], members: Sequence[Member], *, by_order: bool =
         return Labels(tuple(range(offset, network.num_classes)), tuple(known))
     count = Counter(names)
     if unknown := [name for name in classes if name not in count]:
-        hint = "; if the sorted folders are the classifier's classes in order, match them by order"
+        hint = "; if the sorted folders are the classifier's classes in order, match them by order (--by-order)"
         raise EvaluationError(
             f"{len(unknown)} of the data's {len(classes)} classes are unknown to the network {network.name}: {_some(unknown)}; "
             f"it knows {_some(names)}{hint if len(classes) == foreground else ''}"

@@ -74,7 +74,7 @@ def draw_curves(epochs: Sequence[Epoch], path: Path, title: str) -> Path:
         raise ValueError("draw_curves: epochs must hold at least one")
     figure = new_figure((12.0, 4.0))
     panels = (
-        ("loss", {"train": "train_loss", "validation": "val_loss"}),
+        ("loss", {"train (with auxiliary losses)": "train_loss", "validation": "val_loss"}),
         ("top-1, %", {"train (augmented)": "train_top1", "validation": "val_top1"}),
         ("learning rate", {"": "lr"}),
     )

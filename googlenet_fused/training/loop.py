@@ -33,6 +33,7 @@ from googlenet_fused.training.sampling import AugmentedImages, Batches, Order, c
 from googlenet_fused.training.validation import Validation, validate
 from googlenet_fused.training.workers import batches_of, leave_signals_alone
 from googlenet_fused.weights import Description, save_described
+from googlenet_fused.weights.description import MAX_SIDE
 
 CHECKPOINT, WEIGHTS, TABLE, CURVES, EVENTS = "checkpoint.pt", "model.safetensors", "log.csv", "curves.png", "tensorboard"
 """What a run writes into its folder."""
@@ -95,6 +96,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
+        if self.image_size > MAX_SIDE:
+            raise ValueError(f"image_size must be at most {MAX_SIDE}, got {self.image_size}")
+        for name in ("seed", "initial_seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {getattr(self, name)}")
 
     def lasting(self, images: LabelledImages) -> dict[str, str]:
         """What must not change when a run is resumed, as text by name."""
@@ -454,7 +460,7 @@ class Run:
 def _differing(classes: tuple[str, ...], other: tuple[str, ...]) -> str:
     lacking = [name for name in classes if name not in other]
     surplus = [name for name in other if name not in classes]
-    parts = [f"lack {lacking[0]!r}"] * bool(lacking) + [f"have {surplus[0]!r}, which is not learned"] * bool(surplus)
+    parts = [f"lack {name!r}" for name in lacking[:1]] + [f"have {name!r}, which is not learned" for name in surplus[:1]]
     return (
         f"the images for validation have {len(other)} classes and those for training {len(classes)}: the former "
         f"{' and '.join(parts) or 'have them in another order'}; both need the same class folders"

@@ -149,6 +149,10 @@ def _first_line(error: object) -> str:
 
 def _tensors_by_name(path: Path, content: Any) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
+        if {"settings", "optimiser", "model"} <= set(content):
+            raise WeightsError(
+                f"{path} is the checkpoint of a training run, for train --resume: its result is model.safetensors beside it"
+            )
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state_dict (tensors by name)")
