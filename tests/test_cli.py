@@ -112,6 +112,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--output", ""], "argument --output: must be a path"),
         (["classify", "a.png", "--top", "0"], "must be a positive whole number, got '0'"),
         (["classify", "a.png", "--variant", "vgg"], "invalid choice: 'vgg'"),
+        (["bench", "--variant", "slim"], "invalid choice: 'slim'"),
         (["classify", "a.png", "--backend", "abacus"], "unknown backend 'abacus': choose one of 'auto'"),
         (["bench", "--batch", "many"], "got 'many'"),
         (["bench", "--dtype", "fp8"], "invalid choice: 'fp8'"),
@@ -595,3 +596,7 @@ def test_as_a_process() -> None:
     assert run.returncode == 0, run.stderr
     assert "cpu" in json.loads(run.stdout)["backends"]
     assert "Traceback" not in run.stderr
+
+
+def test_the_networks_that_bench_offers_are_those_it_can_measure() -> None:
+    assert cli.bench.NETWORKS == tuple(bench.NETWORKS)

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from googlenet_fused import GOOGLENET_SPECS
 from googlenet_fused.cli.common import (
     DTYPES,
-    VARIANTS,
     CommandError,
     Commands,
     add_output,
@@ -19,6 +18,9 @@ from googlenet_fused.cli.common import (
     positive_argument,
     say,
 )
+
+NETWORKS = ("torchvision", "bvlc")
+"""The variants whose arithmetic differs: slim's is torchvision's."""
 
 
 def add(commands: Commands) -> None:
@@ -39,7 +41,7 @@ def add(commands: Commands) -> None:
         metavar="DTYPE",
         help=f"dtypes among {', '.join(DTYPES)} (default: fp32)",
     )
-    command.add_argument("--variant", choices=VARIANTS, default="torchvision", help="which GoogLeNet (default: %(default)s)")
+    command.add_argument("--variant", choices=NETWORKS, default="torchvision", help="which GoogLeNet (default: %(default)s)")
     command.add_argument("--device", choices=["cpu", "cuda"], help="where to run (default: cuda if there is one)")
     command.add_argument("--backend", default="auto", metavar="NAME", help="as listed by doctor (default: %(default)s)")
     command.add_argument("--threads", type=positive_argument, metavar="N", help="threads of torch (default: as torch chooses)")
