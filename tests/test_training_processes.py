@@ -260,7 +260,7 @@ def test_workers_end_with_the_run_and_not_before(what: str, says: str, tmp_path:
         env={**environment(), "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         start_new_session=True,
     )
     assert process.returncode == 1
