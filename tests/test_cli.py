@@ -599,4 +599,4 @@ def test_as_a_process() -> None:
 
 
 def test_the_networks_that_bench_offers_are_those_it_can_measure() -> None:
-    assert cli.bench.NETWORKS == tuple(bench.NETWORKS)
+    assert tuple(bench.NETWORKS) == cli.bench.NETWORKS
