@@ -241,7 +241,7 @@ def test_a_caffemodel_loads_like_any_file(folder: Path) -> None:
 def test_a_caffemodel_that_does_not_fit_the_model_says_why(folder: Path) -> None:
     read(folder, blobs(heads=False))
     for options, reason in (
-        ({"variant": "torchvision", "num_classes": CLASSES}, "The file holds the 'bvlc' variant"),
+        ({"variant": "torchvision", "num_classes": CLASSES}, "is for the 'bvlc' variant, and the model is the 'torchvision'"),
         ({"variant": "bvlc", "num_classes": 8}, "build the model with num_classes=7"),
         ({"variant": "bvlc", "num_classes": CLASSES, "aux_logits": True}, "build the model with aux_logits=False"),
     ):

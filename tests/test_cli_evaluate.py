@@ -212,7 +212,7 @@ def test_what_cannot_be_evaluated(data: Path, weights: list[Path], tmp_path: Pat
         ((first, "--data", tmp_path / "strange"), "1 of the data's 1 classes are unknown to the network seed1: 'dog'"),
         ((plain, "--data", data), "the data has 4 classes ('astronaut', 'chelsea', 'coffee', 'rocket') and the classifier 7"),
         ((first, other, "--data", data), "class 0 is 'astronaut' for seed1 and 'seventh' for other"),
-        ((first, "--data", data, "--variant", "bvlc"), "says that it is for the variant 'torchvision', not 'bvlc'"),
+        ((first, "--data", data, "--variant", "bvlc"), "is for the 'torchvision' variant, not for 'bvlc'"),
         ((first, "--data", data, "--predictions", tmp_path / "p.txt"), "predictions are written to .csv or .parquet files"),
         ((first, "--data", data, "--backend", "cuda", "--device", "cpu"), "backend 'cuda'"),
     ):
