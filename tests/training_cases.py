@@ -48,3 +48,11 @@ def state_of(run: Run) -> dict[str, Any]:
         "averaged": None if run.averaged is None else run.averaged.state_dict(),
         "momentum": [state["momentum_buffer"] for state in run.optimiser.state_dict()["state"].values()],
     }
+
+
+def in_fp64(run: Run) -> Run:
+    """The run with weights, inputs and gradients in fp64, so that two that compute the same agree to its rounding."""
+    prepare = run._prepare
+    run.model.double()
+    run._prepare = lambda pixels: prepare(pixels).double()  # type: ignore[assignment, misc]
+    return run
