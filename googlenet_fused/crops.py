@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from types import ModuleType
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from PIL import Image
@@ -92,6 +93,19 @@ def plan(width: int, height: int, protocol: Protocol, crop: int = CROP_SIDE, res
     return tuple(View(resize, "centre", box, False, mirrored) for box in _five(square, crop) for mirrored in (False, True))
 
 
+def load_transforms() -> ModuleType:
+    """``torchvision.transforms.v2.functional``. The first time it takes seconds.
+
+    Raises:
+        ImportError: torchvision is missing.
+    """
+    try:
+        from torchvision.transforms.v2 import functional
+    except ModuleNotFoundError as error:
+        raise ImportError("cropping images needs torchvision: pip install 'googlenet-fused[tools]'") from error
+    return cast(ModuleType, functional)
+
+
 def views(image: Image.Image, protocol: Protocol, crop: int = CROP_SIDE, resize: int = RESIZE_SIDE) -> Tensor:
     """The views of an RGB image in the order of ``plan``: ``[views, 3, crop, crop]``, uint8.
 
@@ -106,10 +120,7 @@ def views(image: Image.Image, protocol: Protocol, crop: int = CROP_SIDE, resize:
         ImportError: torchvision is missing.
         ValueError: as for ``plan``.
     """
-    try:
-        from torchvision.transforms.v2 import functional
-    except ModuleNotFoundError as error:
-        raise ImportError("cropping images needs torchvision: pip install 'googlenet-fused[tools]'") from error
+    functional = load_transforms()
     if image.mode != "RGB":
         raise ImageError(f"views: the image must be RGB, got mode {image.mode!r}; load_image converts it")
     width, height = image.size

@@ -116,29 +116,42 @@ def test_the_first_goes_ahead(rank: int, order: list[str], monkeypatch: pytest.M
 
 
 PROGRAM = """
+import os
 import sys
 import torch
 from evaluation_cases import Pictures, member
 from googlenet_fused.distributed import processes
 from googlenet_fused.evaluation import EvaluationError, Labels, evaluate, write_predictions
 
-images, labels = Pictures(40, damaged=[7, 20]), Labels((6, 2, 0, 5), tuple(f"class {index}" for index in range(7)))
-members = [member(seed, dtype=torch.float32, fussy=1e-3) for seed in (1, 2)]
-with processes("cpu") as own:
-    options = {"processes": own, "batch_size": 3, "workers": own.world - 1}
-    results = [evaluate(members, images, labels, crops, max_corrupt=2, **options) for crops in ("1", "10")]
-    assert own.gather_objects(own.rank) == list(range(own.world))
-    # Each of two processes meets one damaged image, which is not too many; together they are.
-    try:
-        evaluate(members, images, labels, max_corrupt=1, **options)
-    except EvaluationError as error:
-        assert "2 images cannot be read" in str(error)
-    else:
-        raise AssertionError("no error")
-    if own.first:
-        print("first")
-        write_predictions(sys.argv[1], results, images, labels)
-assert not torch.distributed.is_initialized()
+class Read(Pictures):
+    process = os.getpid()
+
+    def load(self, index):
+        assert os.getpid() == self.process or os.getppid() != int(os.environ["EVALUATES"]), "forked beside threads of gloo"
+        return super().load(index)
+
+def main():
+    os.environ["EVALUATES"] = str(os.getpid())
+    images, labels = Read(40, damaged=[7, 20]), Labels((6, 2, 0, 5), tuple(f"class {index}" for index in range(7)))
+    members = [member(seed, dtype=torch.float32, fussy=1e-3) for seed in (1, 2)]
+    with processes("cpu") as own:
+        options = {"processes": own, "batch_size": 3, "workers": own.world - 1}
+        results = [evaluate(members, images, labels, crops, max_corrupt=2, **options) for crops in ("1", "10")]
+        assert own.gather_objects(own.rank) == list(range(own.world))
+        # Each of two processes meets one damaged image, which is not too many; together they are.
+        try:
+            evaluate(members, images, labels, max_corrupt=1, **options)
+        except EvaluationError as error:
+            assert "2 images cannot be read" in str(error)
+        else:
+            raise AssertionError("no error")
+        if own.first:
+            print("first")
+            write_predictions(sys.argv[1], results, images, labels)
+    assert not torch.distributed.is_initialized()
+
+if __name__ == "__main__":
+    main()
 """
 
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("__init__",),
     ("images", "info", "charts"),
     ("data",),
-    ("bench", "crops"),
+    ("bench", "crops", "workers"),
     ("demo", "tune", "evaluation", "training"),
     ("cli",),
     ("__main__",),

@@ -219,43 +219,52 @@ def test_the_commands_choices_are_the_packages() -> None:
 PROGRAM = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from training_cases import image_folder, recipe, settings, start
+from training_cases import image_folder, recipe, settings
 import googlenet_fused.training.loop as loop
 from googlenet_fused.data import FolderImages
+from googlenet_fused.distributed import processes
 from googlenet_fused.training import Run, Stopped
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
-images = FolderImages(image_folder(folder / "images"))
 validate = loop.validate
+
+class Slow(FolderImages):
+    def load(self, index):
+        time.sleep(0.1)
+        return super().load(index)
 
 def broken(*_, **__):
     raise RuntimeError("a defect")
 
-def told(model, images, *arguments, **options):
-    load = images.load
-    def slow(index):
-        time.sleep(0.1)
-        return load(index)
-    images.load = slow
+def told(*arguments, **options):
     threading.Timer(0.5, os.killpg, (os.getpgrp(), signal.SIGTERM)).start()
-    return validate(model, images, *arguments, **options)
+    return validate(*arguments, **options)
 
-loop.validate = {"defect": broken, "sigterm": told}[what]
-run = Run(settings(recipe(epochs=2), workers=2), images, FolderImages(folder / "images"), folder)
-try:
-    run.run()
-except Stopped as stopped:
-    sys.exit(f"stopped at step {run.step}")
+if __name__ == "__main__":
+    loop.validate = {"defect": broken, "sigterm": told}[what]
+    with processes("cpu") as these:
+        images, of = image_folder(folder / f"images{these.rank}"), settings(recipe(epochs=2), workers=2)
+        run = Run(of, FolderImages(images), Slow(images), folder, processes=these)
+        try:
+            run.run()
+        except Stopped as stopped:
+            sys.exit(f"stopped at step {run.step}")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "says"), [("defect", "RuntimeError: a defect"), ("sigterm", "stopped at step 3")])
-def test_workers_end_with_the_run_and_not_before(what: str, says: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "count", "says"),
+    [("defect", 1, "RuntimeError: a defect"), ("sigterm", 1, "stopped at step 3"), ("sigterm", 2, "stopped at step 3")],
+)
+def test_workers_end_with_the_run_and_not_before(what: str, count: int, says: str, tmp_path: Path) -> None:
     """An error that nobody expects, and SIGTERM to the whole group of processes during validation."""
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     process = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), what],
+        [sys.executable, *torchrun, str(program), str(tmp_path), what],
         env={**environment(), "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -263,7 +272,7 @@ def test_workers_end_with_the_run_and_not_before(what: str, says: str, tmp_path:
         start_new_session=True,
     )
     assert process.returncode == 1
-    assert process.stderr.strip().splitlines()[-1] == says
+    assert process.stderr.splitlines().count(says) == count
 
 
 @pytest.mark.slow

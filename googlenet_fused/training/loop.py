@@ -31,9 +31,9 @@ from googlenet_fused.training.optimiser import averaged, set_lr, sgd
 from googlenet_fused.training.recipes import Recipe
 from googlenet_fused.training.sampling import AugmentedImages, Batches, Order, collate, derive, reason_of
 from googlenet_fused.training.validation import Validation, validate
-from googlenet_fused.training.workers import batches_of, leave_signals_alone
 from googlenet_fused.weights import Description, save_described
 from googlenet_fused.weights.description import MAX_SIDE
+from googlenet_fused.workers import batches_of, leave_signals_alone, start_method
 
 CHECKPOINT, WEIGHTS, TABLE, CURVES, EVENTS = "checkpoint.pt", "model.safetensors", "log.csv", "curves.png", "tensorboard"
 """What a run writes into its folder."""
@@ -263,6 +263,7 @@ class Run:
             dataset,
             batch_sampler=batches,
             num_workers=settings.workers,
+            multiprocessing_context=start_method(settings.workers),
             collate_fn=collate,
             pin_memory=processes.device.type == "cuda",
             worker_init_fn=leave_signals_alone,

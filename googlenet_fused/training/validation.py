@@ -17,7 +17,7 @@ from googlenet_fused.images import ImageError
 from googlenet_fused.training.augmentation import resize_of
 from googlenet_fused.training.errors import TrainingError
 from googlenet_fused.training.sampling import Sample, collate
-from googlenet_fused.training.workers import batches_of, leave_signals_alone
+from googlenet_fused.workers import batches_of, leave_signals_alone, start_method
 
 NO_CLASS = -1
 
@@ -69,6 +69,7 @@ def validate(
         _Centres(images, size),
         batch_sampler=batches,
         num_workers=workers,
+        multiprocessing_context=start_method(workers),
         collate_fn=collate,
         worker_init_fn=leave_signals_alone,
         generator=torch.Generator().manual_seed(0),
