@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def _seed() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@cache
+def _quick_interpreter() -> None:
+    import quick_interpreter
+
+    quick_interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    """Where Triton interprets, it does so in a third of the time."""
+    if "triton.runtime.interpreter" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1":
+        _quick_interpreter()
 
 
 def _record_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:

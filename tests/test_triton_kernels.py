@@ -34,6 +34,8 @@ from googlenet_fused.spec import GOOGLENET_SIDES, GOOGLENET_SPECS, InceptionSpec
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import InterpreterError
+
 from googlenet_fused.backends.triton import backend as triton_backend
 from googlenet_fused.backends.triton import launch
 from googlenet_fused.backends.triton.plans import INTERPRETER, Config, Plan, configurations, use_plan
@@ -199,16 +201,43 @@ def spread(tensor: Tensor, axis: int, distance: int) -> Tensor:
     return torch.empty(length, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
 
-@pytest.mark.parametrize("form", ["merged", "fused"])
-@pytest.mark.parametrize(("axis", "distance"), [(0, FAR), (1, FAR // 4), (2, FAR // 2)], ids=["images", "channels", "rows"])
-def test_offsets_past_32_bits(axis: int, distance: int, form: str) -> None:
-    """Input and output of several GB, of which a few KB are used."""
+@pytest.fixture
+def overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sums and products of integers in an interpreted kernel."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+
+
+FAR_AXES = {"images": (0, FAR), "channels": (1, FAR // 4), "rows": (2, FAR // 2)}
+"""Which axis of input and output is spread, and how far."""
+
+both_forms = pytest.mark.parametrize("form", ["merged", "fused"])
+
+
+def run_far_apart(axis: str, form: str) -> tuple[Tensor, Tensor]:
+    """The output and what it should be, for an input and an output of several GB, of which a few KB are used."""
+    which, distance = FAR_AXES[axis]
     spec = InceptionSpec(5, 3, 4, 2, 2, 3, 2)
     x = integer_input(spec, 2, 3, 2, torch.float16)
     convs = integer_convs(spec, x.dtype)
-    out = spread(torch.full((2, spec.out_channels, 3, 2), NAN, dtype=x.dtype), axis, distance)
-    run(spread(x, axis, distance), pack_inception(convs, x.dtype), out, PLANS[form])
-    assert_same(out, plain_result(x, convs).to(x.dtype))
+    out = spread(torch.full((2, spec.out_channels, 3, 2), NAN, dtype=x.dtype), which, distance)
+    run(spread(x, which, distance), pack_inception(convs, x.dtype), out, PLANS[form])
+    return out, plain_result(x, convs).to(x.dtype)
+
+
+@both_forms
+@pytest.mark.parametrize("axis", FAR_AXES)
+def test_offsets_past_32_bits(axis: str, form: str, overflow_is_an_error: None) -> None:
+    assert_same(*run_far_apart(axis, form))
+
+
+@both_forms
+def test_offsets_that_overflow_are_noticed(form: str, overflow_is_an_error: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of channels; those of images and rows have 64 bits always."""
+    monkeypatch.setattr(launch, "INT32_LIMIT", 2**62)
+    with pytest.raises(InterpreterError, match="int32 overflow detected"):
+        run_far_apart("channels", form)
 
 
 @every_plan
