@@ -21,7 +21,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
 pytest.importorskip("safetensors")
 
-from googlenet_fused import cli, crops, evaluation, googlenet
+from googlenet_fused import cli, crops, evaluation, googlenet, progress
 from googlenet_fused.cli import evaluate as command
 from googlenet_fused.cli import main
 from googlenet_fused.crops import views
@@ -257,12 +257,12 @@ def test_the_published_weights_without_a_network(
 def test_progress_is_said_where_no_bar_is_shown(
     data: Path, weights: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "SAID_EVERY", 0.0)
+    monkeypatch.setattr(progress, "NEWS_EVERY", 0.0)
     assert main(["evaluate", str(weights[0]), "--data", str(data), "--views-per-call", "5", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if "img/s" in line]
-    assert [line.split(" images, ")[0] for line in lines] == [f"googlenet-fused: 1 crop: {done}/8" for done in (5, 8)]
-    assert lines[1].endswith(", 0:00:00 left")
+    assert [line.split(" images, ")[0] for line in lines] == ["googlenet-fused: 1 crop: 8/8"]
+    assert lines[0].endswith(" img/s, 100 %, 0:00:00 left")
     assert said.out.splitlines()[-1] == f"wrote {tmp_path}/evaluation.json and {tmp_path}/evaluation.png"
 
 

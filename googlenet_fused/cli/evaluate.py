@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from googlenet_fused.progress import Show
 
 CROPS = ("1", "10", "144")
-SAID_EVERY = 30.0
-"""Seconds between lines on the progress where no bar is shown."""
 NAMED = 10
 """How many images that cannot be read are named."""
 
@@ -211,7 +208,7 @@ def _evaluate(
     asked = sorted(dict.fromkeys(arguments.crops), key=int)
     done, all_of_it = 0, sum(map(int, asked))
     found = []
-    with progress_display("evaluating") if own.first else nullcontext(None) as show:
+    with progress_display("evaluating", say) if own.first else nullcontext(None) as show:
         for crops in asked:
             part = int(crops) / all_of_it
             found.append(
@@ -234,17 +231,12 @@ def _evaluate(
 
 def _progress(show: Show, crops: str, world: int, before: float, part: float) -> Progress:
     """Shows how far a protocol is that is a ``part`` of all work; the other processes are taken to be as far as this one."""
-    started = said = time.monotonic()
+    started = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        rate = world * done / max(now - started, 1e-9)
+        rate = world * done / max(time.monotonic() - started, 1e-9)
         what = f"{_counted(int(crops), 'crop')}: {min(world * done, world * total)}/{world * total} images, {rate:.1f} img/s"
         show(what, before + part * done / total)
-        if now - said >= SAID_EVERY and not sys.stderr.isatty():
-            said = now
-            say(f"{what}, {timedelta(seconds=round((total - done) * world / rate))} left")
 
     return progress
 

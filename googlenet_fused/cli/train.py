@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 RECIPES = ("modern", "paper", "bvlc")
 AUGMENTATIONS = ("paper", "bvlc", "modern", "none")
 WEIGHTS_LIST = "weights.txt"
-NEWS_EVERY = 30.0
-"""Seconds between two lines of progress where no bar is shown."""
 
 
 def add(commands: Commands) -> None:
@@ -209,8 +205,8 @@ def _train(
     from googlenet_fused.training.loop import CHECKPOINT, CURVES, TABLE
 
     speak: Callable[[str], None] = say if these.first else lambda message: None
-    with progress_display("training") if these.first else _silent() as bar:
-        one = Run(settings, images, validation, folder, processes=these, resume=resume, say=speak, show=_shown(bar, speak))
+    with progress_display("training", say) if these.first else nullcontext(lambda what, done: None) as show:
+        one = Run(settings, images, validation, folder, processes=these, resume=resume, say=speak, show=show)
         speak(_introduction(one, settings, images, these))
         try:
             weights = one.run()
@@ -337,27 +333,3 @@ def _introduction(one: Run, settings: Settings, images: LabelledImages, these: P
     if not any(name.startswith("aux") for name, _ in one.model.named_children()):
         words.append("without auxiliary heads, which take images of 224x224 only")
     return ", ".join(words)
-
-
-@contextmanager
-def _silent() -> Iterator[Callable[[str, float], None]]:
-    yield lambda what, done: None
-
-
-def _shown(bar: Callable[[str, float], None], speak: Callable[[str], None]) -> Callable[[str, float], None]:
-    """The bar; where none is shown, a line from time to time, with the time that remains."""
-    if sys.stderr.isatty():
-        return bar
-    began, said = time.monotonic(), time.monotonic()
-    first: float | None = None
-
-    def show(what: str, done: float) -> None:
-        nonlocal said, first
-        first = done if first is None else first
-        now = time.monotonic()
-        if now - said >= NEWS_EVERY and done > first:
-            said = now
-            left = (now - began) * (1 - done) / (done - first)
-            speak(f"{what}, {100 * done:.0f} %, {left / 60:.0f} min left")
-
-    return show
