@@ -8,7 +8,9 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -46,6 +48,21 @@ class LabelledImages(Protocol):
         """The image as RGB with 8 bits a channel. Raises ``ImageError`` if it cannot be read."""
 
 
+class _Texts:
+    """Many texts in two buffers: of a list each forked worker gets a copy in time, as references to its objects are counted."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]  # names of files may hold any bytes
+        self._bytes, self._ends = b"".join(encoded), array("Q", accumulate(map(len, encoded), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        at = range(len(self))[index]
+        return self._bytes[self._ends[at] : self._ends[at + 1]].decode("utf-8", "surrogatepass")
+
+
 class FolderImages:
     """A folder with a folder for each class, as torchvision's ``ImageFolder``: classes in the order of their names.
 
@@ -73,25 +90,28 @@ class FolderImages:
                 f"the folders in {root} are parts of a data set and no classes ({', '.join(self.classes)}): name one of them, "
                 f"{self._root / self.classes[-1]}"
             )
-        self._samples: list[tuple[str, int]] = []
+        names: list[str] = []
+        self._labels = array("I")
         for label, folder in enumerate(folders):
             try:
                 found = find_images(folder)
             except ImageError as error:
                 raise DataError(f"{error}; remove the folder, or put the images of this class there") from error
-            self._samples.extend((str(path.relative_to(self._root)), label) for path in found)
+            names.extend(str(path.relative_to(self._root)) for path in found)
+            self._labels.extend([label] * len(found))
+        self._names = _Texts(names)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._labels)
 
     def name(self, index: int) -> str:
-        return self._samples[index][0]
+        return self._names[index]
 
     def label(self, index: int) -> int:
-        return self._samples[index][1]
+        return self._labels[index]
 
     def load(self, index: int) -> Image.Image:
-        return load_image(self._root / self._samples[index][0])
+        return load_image(self._root / self._names[index])
 
 
 class _Member(NamedTuple):
@@ -117,37 +137,39 @@ class ShardImages:
 
     def __init__(self, shards: list[Path]) -> None:
         self._shards = shards
-        self._members: list[_Member] = []
+        members: list[_Member] = []
         labels: list[str | int] = []
         with progress_display("reading shards") as show:
             for at, path in enumerate(shards):
                 show(path.name, at / len(shards))
                 for member, label in _samples(path, at):
-                    self._members.append(member)
+                    members.append(member)
                     labels.append(label)
         if not labels:
             others = f", nor in the {len(shards) - 1} others" if len(shards) > 1 else ""
             raise DataError(f"{shards[0]}: there are no samples in it{others}")
         self.classes = _class_names(shards[0].parent / CLASS_NAMES, labels)
         index = {name: at for at, name in enumerate(self.classes)}
-        self._labels = [label if isinstance(label, int) else index[label] for label in labels]
+        self._labels = array("I", (label if isinstance(label, int) else index[label] for label in labels))
+        self._keys = _Texts(member.key for member in members)
+        self._shard_of = array("I", (member.shard for member in members))
+        self._offsets = array("Q", (member.offset for member in members))
+        self._sizes = array("Q", (member.size for member in members))
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._labels)
 
     def name(self, index: int) -> str:
-        member = self._members[index]
-        return f"{self._shards[member.shard].name}/{member.key}"
+        return f"{self._shards[self._shard_of[index]].name}/{self._keys[index]}"
 
     def label(self, index: int) -> int:
         return self._labels[index]
 
     def load(self, index: int) -> Image.Image:
-        member = self._members[index]
         try:
-            with open(self._shards[member.shard], "rb") as file:
-                file.seek(member.offset)
-                content = file.read(member.size)
+            with open(self._shards[self._shard_of[index]], "rb") as file:
+                file.seek(self._offsets[index])
+                content = file.read(self._sizes[index])
         except OSError as error:
             raise ImageError(f"{self.name(index)} cannot be read: {error.strerror}") from error
         return decode_image(io.BytesIO(content), self.name(index))

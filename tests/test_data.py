@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pickle
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -65,6 +68,20 @@ def test_a_folder_of_class_folders(folder: Path) -> None:
     assert isinstance(images, FolderImages)
     assert images.classes == ("cat", "dog")
     assert samples(images) == [(name, name[:3], COLOURS[name]) for name in ("cat/a.png", "cat/b.png", "dog/deep/c.png")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_names_may_hold_any_bytes(tmp_path: Path) -> None:
+    """In a folder that is read, in workers that are not forked, and at either end."""
+    names = [b"caf\xe9.png", b"z\n.png", "ë.png".encode()]
+    for name in names:
+        (tmp_path / "any").mkdir(exist_ok=True)
+        Image.new("RGB", (3, 2)).save(str(tmp_path / "any" / os.fsdecode(name)))
+    images = pickle.loads(pickle.dumps(FolderImages(tmp_path)))
+    assert [images.name(at) for at in (0, 1, -1)] == [f"any/{os.fsdecode(name)}" for name in names]
+    assert [images.load(at).size for at in range(3)] == [(3, 2)] * 3
+    with pytest.raises(IndexError):
+        images.name(3)
 
 
 def test_shards(tmp_path: Path) -> None:
