@@ -253,6 +253,7 @@ def _report(
 
     from googlenet_fused.charts import ChartError
     from googlenet_fused.evaluation import document, error_chart, print_table, rows, write_predictions
+    from googlenet_fused.evaluation.engine import TOP
     from googlenet_fused.info import machine_description
 
     lines = rows(members, evaluations)
@@ -267,6 +268,8 @@ def _report(
     }
     if not arguments.json:  # before anything is written, which may fail
         print_table(lines, f"{arguments.data}: {counted}", Console(highlight=False), paper=arguments.paper)
+    if (classes := members[0].num_classes) <= TOP:
+        say(f"the top-5 error says nothing of networks with {_counted(classes, 'class')}: one of their first {TOP} is right")
     for each in results["corrupt"][:NAMED]:
         reason = each["reason"]
         say(f"warning: left out: {'' if each['image'] in reason else each['image'] + ': '}{reason}")
