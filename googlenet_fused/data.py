@@ -49,7 +49,7 @@ class LabelledImages(Protocol):
 
 
 class _Texts:
-    """Many texts in two buffers: of a list each forked worker gets a copy in time, as references to its objects are counted."""
+    """Many texts in two buffers, which forked workers share; lists are copied in time, as references to objects are counted."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]  # names of files may hold any bytes
@@ -225,7 +225,7 @@ def _samples(path: Path, shard: int) -> Iterator[tuple[_Member, str | int]]:
                 folder, _, base = entry.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 key, suffix = (f"{folder}/{stem}" if folder else stem), f".{suffix.lower()}"
-                if entry.offset_data + entry.size > size:
+                if not 0 <= entry.size <= size - entry.offset_data:
                     raise DataError(f"{path} is truncated: {entry.name} ends after the file does; copy or download it again")
                 if suffix in SUFFIXES:
                     if key in images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,9 +84,11 @@ def processes(device: str | None = None, timeout: timedelta | None = None) -> It
         timeout: how long a process waits for the others before it gives up; None takes torch's own.
 
     Raises:
-        ProcessesError: torchrun's environment variables are incomplete or make no sense, the others cannot be reached, or there
-            is no CUDA device for this process.
+        ProcessesError: torchrun's environment variables are incomplete or make no sense, the others cannot be reached, there is
+            no CUDA device for this process, or it is a worker that was spawned by a script without its ``__main__`` guarded.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # else it would wait for the others as one of them
+        raise ProcessesError('workers run the script anew: put what it does under if __name__ == "__main__":')
     rank, world, local_rank = _from_environment(os.environ)
     place = _device(device, local_rank)
     if world == 1 and not distributed.is_initialized():

@@ -32,12 +32,16 @@ def install() -> None:
         seen = frozenset(module.__name__ for module in modules if module in (tl, tl.core))
         if seen in patched:
             return _NothingChanged()
+        scope = patch(fn)
         patched.add(seen)
-        return patch(fn)
+        return scope
 
     def execute_patched_anew(*arguments: Any, **options: Any) -> None:
         patched.clear()
-        execute(*arguments, **options)
+        try:
+            execute(*arguments, **options)
+        finally:
+            patched.clear()
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = execute_patched_anew

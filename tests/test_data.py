@@ -74,8 +74,8 @@ def test_a_folder_of_class_folders(folder: Path) -> None:
 def test_names_may_hold_any_bytes(tmp_path: Path) -> None:
     """In a folder that is read, in workers that are not forked, and at either end."""
     names = [b"caf\xe9.png", b"z\n.png", "ë.png".encode()]
+    (tmp_path / "any").mkdir()
     for name in names:
-        (tmp_path / "any").mkdir(exist_ok=True)
         Image.new("RGB", (3, 2)).save(str(tmp_path / "any" / os.fsdecode(name)))
     images = pickle.loads(pickle.dumps(FolderImages(tmp_path)))
     assert [images.name(at) for at in (0, 1, -1)] == [f"any/{os.fsdecode(name)}" for name in names]
@@ -199,6 +199,15 @@ def test_links_and_devices_in_a_shard_are_passed_over(tmp_path: Path) -> None:
         add(archive, "d.png", picture((1, 2, 3)))
         add(archive, "d.cls", b"0")
     assert samples(open_images(tmp_path / "s.tar")) == [("s.tar/d", "0", (1, 2, 3))]
+
+
+def test_a_negative_size_in_a_shard(tmp_path: Path) -> None:
+    entry = tarfile.TarInfo("a.png")
+    entry.size = -1
+    (tmp_path / "s.tar").write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError) as error:
+        open_images(tmp_path / "s.tar")
+    assert "s.tar is " in message_of(error)
 
 
 def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -55,6 +56,12 @@ def test_environments_that_make_no_sense(environment: dict[str, str], message: s
         monkeypatch.setenv("MASTER_ADDR", "localhost")
         monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(ProcessesError, match=message), processes("cpu"):
+        pass
+
+
+def test_a_script_that_its_workers_run_anew_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ProcessesError, match='under if __name__ == "__main__"'), processes("cpu"):
         pass
 
 
@@ -116,6 +123,7 @@ def test_the_first_goes_ahead(rank: int, order: list[str], monkeypatch: pytest.M
 
 
 PROGRAM = """
+import multiprocessing
 import os
 import sys
 import torch
@@ -124,14 +132,15 @@ from googlenet_fused.distributed import processes
 from googlenet_fused.evaluation import EvaluationError, Labels, evaluate, write_predictions
 
 class Read(Pictures):
-    process = os.getpid()
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.reader = os.getpid()
 
     def load(self, index):
-        assert os.getpid() == self.process or os.getppid() != int(os.environ["EVALUATES"]), "forked beside threads of gloo"
+        assert os.getpid() == self.reader or not torch.distributed.is_initialized(), "forked beside threads of gloo"
         return super().load(index)
 
 def main():
-    os.environ["EVALUATES"] = str(os.getpid())
     images, labels = Read(40, damaged=[7, 20]), Labels((6, 2, 0, 5), tuple(f"class {index}" for index in range(7)))
     members = [member(seed, dtype=torch.float32, fussy=1e-3) for seed in (1, 2)]
     with processes("cpu") as own:

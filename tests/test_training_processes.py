@@ -231,7 +231,7 @@ validate = loop.validate
 
 class Slow(FolderImages):
     def load(self, index):
-        time.sleep(0.1)
+        time.sleep(0.3)
         return super().load(index)
 
 def broken(*_, **__):
@@ -256,7 +256,12 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "count", "says"),
-    [("defect", 1, "RuntimeError: a defect"), ("sigterm", 1, "stopped at step 3"), ("sigterm", 2, "stopped at step 3")],
+    [
+        ("defect", 1, "RuntimeError: a defect"),
+        ("defect", 2, "RuntimeError: a defect"),
+        ("sigterm", 1, "stopped at step 3"),
+        ("sigterm", 2, "stopped at step 3"),
+    ],
 )
 def test_workers_end_with_the_run_and_not_before(what: str, count: int, says: str, tmp_path: Path) -> None:
     """An error that nobody expects, and SIGTERM to the whole group of processes during validation."""
@@ -273,7 +278,13 @@ def test_workers_end_with_the_run_and_not_before(what: str, count: int, says: st
         start_new_session=True,
     )
     assert process.returncode == 1
-    assert process.stderr.splitlines().count(says) == count
+    lines = process.stderr.strip().splitlines()
+    if count == 1:
+        assert lines[-1] == says
+    elif what == "sigterm":
+        assert lines.count(says) == count
+    else:  # the first that fails may be the end of the others
+        assert any(line.endswith(says) for line in lines)
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def evaluate(
 
     Args:
         members: networks that agree on their classes, on the device of ``processes``.
-        images: what to evaluate on; picklable if there are workers and these are not forked, as with several processes.
+        images: what to evaluate on; picklable if there are workers and these are not forked (``workers.start_method``).
         labels: which class of the networks each class of the images is.
         crops: how many views an image: one of ``PROTOCOLS``.
         processes: those that share the work; by default there is this one, on the CPU.

@@ -83,14 +83,15 @@ def groups(
     Memory: an image of 144 views of 224x224 takes 22 MB, and up to ``batch_size * (2 * workers + 1)`` of them are there at a
     time, beside those of one share.
     """
-    if workers:
+    start = start_method(workers)
+    if workers and start is None:
         load_transforms()  # takes seconds, which each forked worker would spend anew
     order = [index for share in shares for index in share]
     loader: DataLoader[Any] = DataLoader(
         _Views(images, crops, geometries),
         batch_sampler=[order[start : start + batch_size] for start in range(0, len(order), batch_size)],
         num_workers=workers,
-        multiprocessing_context=start_method(workers),
+        multiprocessing_context=start,
         collate_fn=_Batch.of,
     )
     read = (image for batch in loader for image in batch.images())

@@ -117,7 +117,8 @@ class Run:
     """A run in a folder. It is resumed from the folder's checkpoint if ``resume`` says so.
 
     Args:
-        images: what is learned from.
+        images: what is learned from; picklable, as ``validation``, if there are workers and these are not forked
+            (``workers.start_method``).
         validation: what the averaged weights are tried on after each epoch; None: on nothing.
         folder: where the checkpoint, the weights, the table and the curves are written; the first process alone writes.
         processes: this process among those of the run.
