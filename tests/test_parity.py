@@ -7,7 +7,7 @@ compute.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -53,6 +53,14 @@ def images(shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
 @cache
 def judged_by(host: str, dtype: torch.dtype, shape: Shape) -> References:
     return references(plain_network(host, dtype), images(shape, dtype))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _networks_are_forgotten() -> Iterator[None]:
+    """Else they would take gigabytes from the tests that follow in this process."""
+    yield
+    for cached in (plain_network, fused_network, judged_by):
+        cached.cache_clear()
 
 
 def assert_parity(host: str, dtype: torch.dtype, backend: str, shape: Shape, layout: str = "contiguous") -> None:

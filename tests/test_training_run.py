@@ -125,9 +125,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(number: int, stop_at: int, unbroken: 
     assert [(epoch.step, epoch.lr, epoch.train_loss, epoch.train_top1) for epoch in resumed.history] == whole
 
 
-def test_handlers_of_signals_are_given_back(unbroken: Run) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+def test_handlers_of_signals_are_given_back(images: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    start(tmp_path, images, settings(recipe(epochs=1))).run()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_finished_run_is_resumed_to_nothing(unbroken: Run, images: Path) -> None:
