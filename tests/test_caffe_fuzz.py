@@ -159,8 +159,8 @@ def test_coverage_guided_fuzzing_finds_nothing(tmp_path: Path) -> None:
     corpus.mkdir()
     for name, content in SEEDS.items():
         (corpus / name).write_bytes(content)
-    # libFuzzer's limit on memory counts the most that its process ever had, which one that is forked inherits from this one, and
-    # keeps when it becomes another program; one that the shell forks does not.
+    # libFuzzer's limit on memory is of the most that its process ever had. A process that is forked begins with what this one
+    # has, and keeps the figure when it becomes another program; what the shell then forks does not.
     command = [
         *("sh", "-c", '"$@"; exit $?', "sh"),
         sys.executable,
