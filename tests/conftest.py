@@ -15,10 +15,22 @@ from pathlib import Path
 import pytest
 
 # Read by OpenMP and by numpy's OpenBLAS when torch and numpy are first imported, here and in every process a test starts.
-# Spinning threads that outnumber the cores slow all test processes down together.
-_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(_variable, str(max(1, min(4, (os.cpu_count() or 1) // _processes))))
+# Spinning threads that outnumber the cores slow all test processes down together, some tests tenfold.
+_THREADS = [name for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ]
+
+
+def _share_cores(processes: int) -> None:
+    os.environ.update(dict.fromkeys(_THREADS, str(max(1, min(4, (os.cpu_count() or 1) // processes)))))
+
+
+_share_cores(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[object]) -> None:
+    """Before the test processes start, which inherit the environment."""
+    _share_cores(len(specs))
+
 
 # Where there is no GPU Triton's kernels are interpreted, on CPU tensors. Triton asks for this when a kernel is defined.
 if not Path("/dev/nvidiactl").exists():
